@@ -1,0 +1,1 @@
+"""Builds artifacts: a Hugging Face causal LM becomes a folder of decoders, one per batch size."""

@@ -1,0 +1,98 @@
+// Vectors of 16 floats, conversions to and from the stored types, and exp.
+//
+// GCC's and Clang's vector extensions, not intrinsics: the same source becomes AVX-512, AVX2 or NEON code by
+// -march alone. Only the bfloat16 dot product (packed_linear.h) is asked for by name.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+#include <c10/util/Half.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace multibatch {
+
+using f32x16 = float __attribute__((vector_size(64)));
+using i32x16 = int32_t __attribute__((vector_size(64)));
+using u32x16 = uint32_t __attribute__((vector_size(64)));
+
+template <typename V>
+inline V load_vector(const void* from) {
+  V v;
+  std::memcpy(&v, from, sizeof(V));  // an unaligned load
+  return v;
+}
+
+template <typename V>
+inline void store_vector(void* to, V v) {
+  std::memcpy(to, &v, sizeof(V));
+}
+
+// x - 0 and not 0 + x, which would be an addition: it turns -0 into 0.
+inline f32x16 splat(float x) { return x - f32x16{}; }
+
+inline float to_float(float x) { return x; }
+inline float to_float(c10::BFloat16 x) { return static_cast<float>(x); }
+inline float to_float(c10::Half x) { return static_cast<float>(x); }
+
+template <typename T>
+inline void floats_from(const T* from, float* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
+}
+
+// A plain shift, which compilers turn into vector code; c10's own conversion goes through a branch.
+inline void floats_from(const c10::BFloat16* from, float* to, int64_t n) {
+  const uint16_t* bits = reinterpret_cast<const uint16_t*>(from);
+  for (int64_t i = 0; i < n; ++i) {
+    uint32_t wide = static_cast<uint32_t>(bits[i]) << 16;
+    std::memcpy(to + i, &wide, 4);
+  }
+}
+
+#ifdef __FLT16_MAX__
+inline void floats_from(const c10::Half* from, float* to, int64_t n) {
+  const _Float16* halves = reinterpret_cast<const _Float16*>(from);
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(halves[i]);
+}
+#endif
+
+template <typename T>
+inline void floats_to(const float* from, T* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);
+}
+
+// e^x for x <= 0, within 2 ulp: Cephes' polynomial (Moshier, expf), as most vector libraries have it.
+inline f32x16 exp_nonpositive(f32x16 x) {
+  const f32x16 lowest = splat(-87.0f);
+  i32x16 too_small = x < lowest;
+  x = too_small ? lowest : x;
+  f32x16 scaled = x * 1.44269504088896341f - 0.5f;
+  i32x16 n = __builtin_convertvector(scaled, i32x16);  // truncates; x <= 0, so this rounds to nearest
+  f32x16 fn = __builtin_convertvector(n, f32x16);
+  f32x16 r = x - fn * 0.693359375f + fn * 2.12194440e-4f;
+  f32x16 p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  i32x16 bits = (n + 127) << 23;
+  f32x16 power;
+  std::memcpy(&power, &bits, 64);
+  return too_small ? f32x16{} : p * power;
+}
+
+inline float sum(f32x16 v) {
+  float s = 0;
+  for (int i = 0; i < 16; ++i) s += v[i];
+  return s;
+}
+
+inline float max(f32x16 v) {
+  float m = v[0];
+  for (int i = 1; i < 16; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+}  // namespace multibatch

@@ -1,0 +1,41 @@
+"""LLM decoding with programs compiled ahead, one per batch size. Importing it loads no torch; names load on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from multibatch.errors import MultibatchError
+    from multibatch.llm import LLM
+    from multibatch.request import CompletionOutput, Logprob, RequestOutput
+    from multibatch.sampling_params import RequestOutputKind, SamplingParams
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "Logprob",
+    "MultibatchError",
+    "RequestOutput",
+    "RequestOutputKind",
+    "SamplingParams",
+    "__version__",
+]
+
+_HOMES = {
+    "LLM": "multibatch.llm",
+    "CompletionOutput": "multibatch.request",
+    "Logprob": "multibatch.request",
+    "MultibatchError": "multibatch.errors",
+    "RequestOutput": "multibatch.request",
+    "RequestOutputKind": "multibatch.sampling_params",
+    "SamplingParams": "multibatch.sampling_params",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'multibatch' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,1 @@
+"""The trained demo model: its question generator, its training script and its weights."""

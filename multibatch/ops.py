@@ -1,0 +1,101 @@
+"""Declares the operators that compiled programs call; the artifact's operator library supplies their CPU code.
+
+Programs reach attention and linear layers through these operators only, so that their code is built once, weights are
+packed once, and every program of a ladder shares both. What an operator computes is written in plain PyTorch in
+`multibatch.reference`, which the tests compare it with.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from multibatch.errors import ArtifactError, CapacityError
+
+PANEL = 32
+"""Outputs of a packed weight that lie side by side."""
+
+# The one Library object of the process: PyTorch drops the operators when it is collected.
+_LIBRARY = torch.library.Library("multibatch", "DEF")
+_LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor")
+_LIBRARY.define(
+    "packed_embedding(Tensor ids, Tensor weight, int num_embeddings, int embedding_dim) -> Tensor"
+)
+_LIBRARY.define(
+    "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_pool,"
+    " Tensor(b!) value_pool, Tensor slot_mapping, Tensor cu_seqlens, Tensor block_tables,"
+    " Tensor seq_lens, Tensor? sinks, float scale, int sliding_window, float softcap) -> Tensor"
+)
+_LIBRARY.define("set_num_threads(int num_threads) -> int")
+
+
+@torch.library.register_fake("multibatch::packed_linear", lib=_LIBRARY)
+def _packed_linear_fake(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("multibatch::packed_embedding", lib=_LIBRARY)
+def _packed_embedding_fake(
+    ids: torch.Tensor, weight: torch.Tensor, num_embeddings: int, embedding_dim: int
+) -> torch.Tensor:
+    return weight.new_empty((*ids.shape, embedding_dim))
+
+
+@torch.library.register_fake("multibatch::paged_attention", lib=_LIBRARY)
+def _paged_attention_fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+    sliding_window: int,
+    softcap: float,
+) -> torch.Tensor:
+    return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
+
+
+def load_operators(path: Path, sha256: str, loaded: dict[str, Path]) -> None:
+    """Makes the operators of an artifact's library callable in this process.
+
+    Args:
+        path: the shared library.
+        sha256: its hash from the manifest; a process holds one such library.
+        loaded: hash -> path of what this process loaded so far (`PROCESS_OPERATORS`); changed in place.
+
+    Raises:
+        CapacityError: another version of the library is loaded already; PyTorch cannot replace operators.
+        ArtifactError: the library cannot be loaded on this machine.
+    """
+    if sha256 in loaded:
+        return
+    if loaded:
+        (other,) = loaded.values()
+        raise CapacityError(
+            f"operators of {path} differ from those of {other}, which this process has loaded;"
+            " one version can be open in a process: recompile one artifact, or use two processes"
+        )
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        raise ArtifactError(
+            f"operator library {path} does not load here: {error}; recompile the artifact on this machine"
+        ) from error
+    loaded[sha256] = path
+
+
+# PyTorch's operator table is one per process, so the record of what is in it must be too.
+PROCESS_OPERATORS: dict[str, Path] = {}
+
+
+def set_num_threads(num_threads: int) -> None:
+    """Sets how many threads the operators use, the calling one included. They are shared by the whole process."""
+    torch.ops.multibatch.set_num_threads(num_threads)

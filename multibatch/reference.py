@@ -1,0 +1,108 @@
+"""What the operators compute, in plain PyTorch: slow, obvious, and what `verify` and the tests compare with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """The inputs of one program call besides token ids and positions. All tensors live on the pool's device.
+
+    One form serves decode (T = R) and prefill (T = chunk, several prompts): T flattened tokens of R rows.
+    """
+
+    slot_mapping: torch.Tensor
+    """int64[T]: where each token's key and value go: block * block_size + offset."""
+    cu_seqlens: torch.Tensor
+    """int32[R + 1]: row r's tokens are [cu_seqlens[r], cu_seqlens[r + 1])."""
+    block_tables: torch.Tensor
+    """int32[R, M]: the blocks of each row in the order of its positions; unused entries are 0."""
+    seq_lens: torch.Tensor
+    """int32[R]: positions of each row after this call, its new tokens included."""
+    key_pools: list[torch.Tensor]
+    """Per layer [num_blocks, H_kv, D, block_size]."""
+    value_pools: list[torch.Tensor]
+    """Per layer [num_blocks, H_kv, block_size, D_v]."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionOptions:
+    """What a layer asks of attention beyond causality."""
+
+    scale: float
+    sliding_window: int = 0
+    """A query sees itself and the sliding_window - 1 positions before it; 0: all positions before it."""
+    softcap: float = 0.0
+    """Scores become softcap * tanh(score / softcap); 0: unchanged."""
+
+
+def paged_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    step: StepInputs,
+    layer: int,
+    options: AttentionOptions,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Writes the new keys and values into the pool, then attends row by row in float32.
+
+    Args:
+        query: [1, H, T, D].
+        key: [1, H_kv, T, D].
+        value: [1, H_kv, T, D_v].
+        step: the call's inputs; its pools are changed in place.
+        layer: index into the pools.
+        options: the layer's scale, window and softcap.
+        sinks: float[H] or None: a score per head that takes part in the softmax and has no value (gpt-oss).
+
+    Returns:
+        [1, T, H, D_v], zero for tokens that belong to no row.
+    """
+    key_pool, value_pool = step.key_pools[layer], step.value_pools[layer]
+    block_size = key_pool.shape[3]
+    block, offset = step.slot_mapping // block_size, step.slot_mapping % block_size
+    key_pool[block, :, :, offset] = key[0].transpose(0, 1)
+    value_pool[block, :, offset, :] = value[0].transpose(0, 1)
+    out = query.new_zeros((1, query.shape[2], query.shape[1], value.shape[3]))
+    starts = step.cu_seqlens.tolist()
+    for row, length in enumerate(step.seq_lens.tolist()):
+        start, stop = starts[row], starts[row + 1]
+        if start == stop:
+            continue
+        blocks = step.block_tables[row, : -(-length // block_size)].long()
+        keys = key_pool[blocks].permute(1, 0, 3, 2).flatten(1, 2)[:, :length]
+        values = value_pool[blocks].permute(1, 0, 2, 3).flatten(1, 2)[:, :length]
+        rows = _attend(query[0, :, start:stop], keys, values, options, sinks)
+        out[0, start:stop] = rows.transpose(0, 1).to(out.dtype)
+    return out
+
+
+def _attend(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    options: AttentionOptions,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """One row: query [H, t, D] at the last t of `length` positions, keys [H_kv, length, D] -> float32[H, t, D_v]."""
+    group = query.shape[0] // keys.shape[0]
+    t, length = query.shape[1], keys.shape[1]
+    scores = query.float() @ keys.float().repeat_interleave(group, 0).transpose(1, 2)
+    scores = scores * options.scale
+    if options.softcap:
+        scores = options.softcap * torch.tanh(scores / options.softcap)
+    position = torch.arange(length - t, length, device=query.device)[:, None]
+    other = torch.arange(length, device=query.device)[None, :]
+    hidden = other > position
+    if options.sliding_window:
+        hidden = hidden | (other <= position - options.sliding_window)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        column = sinks.float()[:, None, None].expand(-1, t, 1)
+        scores = torch.cat([scores, column], dim=2)
+    weights = torch.softmax(scores, dim=2)[:, :, :length]
+    return weights @ values.float().repeat_interleave(group, 0)

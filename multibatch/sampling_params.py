@@ -1,0 +1,315 @@
+"""Owns what a caller may ask of one generation: `SamplingParams`, with the names, order and defaults of vLLM 0.33.
+
+Everything is checked and normalised when the object is made; what multibatch has not built is refused by name.
+How tokens are drawn is in `multibatch.sampler`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import math
+import numbers
+import operator
+import reprlib
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Self
+
+from multibatch.errors import ConfigError
+
+_MAX_SEQUENCES: Final = 16384
+_GREEDY_BELOW: Final = 1e-5
+_LOWEST_TEMPERATURE: Final = 0.01
+
+
+class RequestOutputKind(enum.Enum):
+    """What each output of a request that still runs contains."""
+
+    CUMULATIVE = 0
+    """The whole text so far, every time."""
+    DELTA = 1
+    """Only what is new since the last output."""
+    FINAL_ONLY = 2
+    """Nothing until the request ends."""
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request is sampled and when it stops.
+
+    Compatible with `vllm.SamplingParams` 0.33, except that it is frozen and its later fields are keyword-only.
+
+    Raises:
+        ConfigError: a value is of the wrong type, out of range, contradicts another, or asks for something
+            that is not built yet.
+    """
+
+    n: int = 1
+    """How many completions of the prompt to return."""
+    presence_penalty: float = 0.0
+    """Subtracted once from every token in the output so far; in [-2, 2]."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token for every time it is in the output so far; in [-2, 2]."""
+    repetition_penalty: float = 1.0
+    """Divides (or multiplies, below zero) logits of tokens in the prompt or the output; above 0."""
+    temperature: float = 1.0
+    """In [0, 2]; 0 is greedy, which resets top_p, top_k and min_p."""
+    watermarking: object = None
+    """Not built."""
+    top_p: float = 1.0
+    """Keeps the most likely tokens that together reach this probability; in (0, 1], 1 keeps all."""
+    top_k: int = 0
+    """Keeps this many of the most likely tokens, and any equal to the last; 0 (or -1) keeps all."""
+    min_p: float = 0.0
+    """Keeps tokens at least this likely relative to the likeliest; in [0, 1], 0 keeps all."""
+    seed: int | None = None
+    """The request's own random stream; None (or -1) lets the engine choose."""
+    stop: Sequence[str] = ()
+    """Strings that end the output. One string or several; None is none. Reads as a list."""
+    stop_token_ids: Sequence[int] = ()
+    """Tokens that end the output. None is none. Reads as a list without duplicates."""
+    ignore_eos: bool = False
+    """Goes on after the end-of-sequence token."""
+    max_tokens: int | None = 16
+    """Tokens to generate at most; None is as many as fit in the model's longest sequence."""
+    min_tokens: int = 0
+    """Tokens before which neither end-of-sequence nor stop_token_ids may be drawn."""
+    logprobs: int | None = None
+    """Likeliest tokens to report per position, besides the drawn one; -1 is the whole vocabulary."""
+    prompt_logprobs: int | None = None
+    """Not built."""
+    prompt_logprob_token_ids: Sequence[int] | None = None
+    """Not built."""
+    prompt_logprob_start: int | None = None
+    """Not built."""
+    logprob_token_ids: Sequence[int] | None = None
+    """Not built."""
+    flat_logprobs: bool = False
+    """Only False is built."""
+    detokenize: bool = True
+    """Turns the tokens into text; needed by stop strings."""
+    skip_special_tokens: bool = True
+    """Leaves special tokens out of the text."""
+    spaces_between_special_tokens: bool = True
+    """Only True is built."""
+    include_stop_str_in_output: bool = False
+    """Leaves the stop string that matched at the end of the text."""
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
+    """What the outputs of a running request contain."""
+    stream_interval: int | None = None
+    """Not built."""
+    skip_clone: bool = False
+    """Lets `clone` return the object itself, which is frozen apart from its two lists."""
+    # vLLM has internal fields at this place, so positions further on would not mean the same.
+    structured_outputs: object = field(default=None, kw_only=True)
+    """Not built."""
+    logit_bias: Mapping[int, float] | None = field(default=None, kw_only=True)
+    """Not built; empty is none."""
+    allowed_token_ids: Sequence[int] | None = field(default=None, kw_only=True)
+    """Not built."""
+    extra_args: Mapping[str, Any] | None = field(default=None, kw_only=True)
+    """Not built; empty is none."""
+    bad_words: Sequence[str] | None = field(default=None, kw_only=True)
+    """Not built; empty is none."""
+    skip_reading_prefix_cache: bool | None = field(default=None, kw_only=True)
+    """Not built."""
+    thinking_token_budget: int | None = field(default=None, kw_only=True)
+    """Not built."""
+    repetition_detection: object = field(default=None, kw_only=True)
+    """Not built."""
+    routed_experts_prompt_start: int = field(default=0, kw_only=True)
+    """Not built."""
+    trace_decode_token_ids: Sequence[int] | None = field(default=None, kw_only=True)
+    """Not built."""
+
+    def __post_init__(self) -> None:
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        for name, value in _checked(values).items():
+            object.__setattr__(self, name, value)
+
+    @classmethod
+    def from_optional(cls, **options: Any) -> Self:
+        """Makes parameters from a request's optional fields: None stands for the default.
+
+        The exception is max_tokens, where None means without a limit, as in vLLM.
+        """
+        given = {k: v for k, v in options.items() if v is not None or k == "max_tokens"}
+        return cls(**given)
+
+    def clone(self) -> Self:
+        """Returns a copy that shares no list with this one, or itself if `skip_clone` is set."""
+        return self if self.skip_clone else dataclasses.replace(self)
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the most likely token is taken instead of drawing one."""
+        return self.temperature < _GREEDY_BELOW
+
+    @property
+    def needs_history(self) -> bool:
+        """Whether drawing a token needs to know the tokens before it, that is, any penalty is active."""
+        return (
+            self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+            or self.repetition_penalty != 1.0
+        )
+
+
+_WAIT: Final = "Leave it out, or run this request on an engine that has it."
+_NOT_BUILT: Final[Mapping[str, tuple[object, str]]] = {
+    "watermarking": (None, _WAIT),
+    "prompt_logprobs": (None, "Leave it out; `logprobs` covers the generated tokens."),
+    "prompt_logprob_token_ids": (None, "Leave it out; `logprobs` covers the generated tokens."),
+    "prompt_logprob_start": (None, "Leave it out; `logprobs` covers the generated tokens."),
+    "logprob_token_ids": (None, "Use `logprobs`, -1 being the whole vocabulary."),
+    "flat_logprobs": (False, "Leave it out and read `logprobs` as a list of dicts."),
+    "spaces_between_special_tokens": (True, "Leave it out, or join the tokens yourself."),
+    "stream_interval": (None, "Leave it out and gather the outputs yourself."),
+    "structured_outputs": (None, _WAIT),
+    "logit_bias": (None, _WAIT),
+    "allowed_token_ids": (None, _WAIT),
+    "extra_args": (None, "Leave it out; there are no plug-ins that would read it."),
+    "bad_words": (None, _WAIT),
+    "skip_reading_prefix_cache": (None, "Leave it out; it is not set per request."),
+    "thinking_token_budget": (None, "Leave it out; `max_tokens` bounds the whole output."),
+    "repetition_detection": (None, "Leave it out; `max_tokens` bounds the whole output."),
+    "routed_experts_prompt_start": (0, "Leave it out; routed experts are not returned."),
+    "trace_decode_token_ids": (None, _WAIT),
+}
+_EMPTY_IS_NONE: Final = ("logit_bias", "extra_args", "bad_words")
+_BOOLS: Final = (
+    "ignore_eos",
+    "detokenize",
+    "skip_special_tokens",
+    "include_stop_str_in_output",
+    "skip_clone",
+)
+_INTS: Final[Mapping[str, tuple[int, int | None, bool]]] = {  # lowest, highest, may be None
+    "n": (1, _MAX_SEQUENCES, False),
+    "top_k": (-1, None, False),
+    "seed": (-(2**63), 2**64 - 1, True),
+    "max_tokens": (1, None, True),
+    "min_tokens": (0, None, False),
+    "logprobs": (-1, None, True),
+}
+_FLOATS: Final[Mapping[str, tuple[Callable[[float], bool], str]]] = {
+    "presence_penalty": (lambda x: -2.0 <= x <= 2.0, "a number in [-2, 2]"),
+    "frequency_penalty": (lambda x: -2.0 <= x <= 2.0, "a number in [-2, 2]"),
+    "repetition_penalty": (lambda x: 0.0 < x < math.inf, "a finite number above 0"),
+    "temperature": (lambda x: 0.0 <= x <= 2.0, "a number in [0, 2]"),
+    "top_p": (lambda x: 0.0 < x <= 1.0, "a number in (0, 1]"),
+    "min_p": (lambda x: 0.0 <= x <= 1.0, "a number in [0, 1]"),
+}
+
+
+def _checked(values: dict[str, Any]) -> dict[str, Any]:
+    """Returns what `values` mean, every field with its final type and value."""
+    for name, (default, advice) in _NOT_BUILT.items():
+        values[name] = _refuse_unless_default(name, values[name], default, advice)
+    for name, (lowest, highest, optional) in _INTS.items():
+        if name == "logprobs" and values[name] is True:
+            values[name] = 1
+        values[name] = _integer(name, values[name], lowest, highest, optional=optional)
+    for name, (is_allowed, allowed) in _FLOATS.items():
+        values[name] = _number(name, values[name], is_allowed, allowed)
+    for name in _BOOLS:
+        if not isinstance(values[name], bool):
+            raise _refusal(name, values[name], "True or False")
+    if not isinstance(values["output_kind"], RequestOutputKind):
+        raise _refusal("output_kind", values["output_kind"], "a RequestOutputKind")
+    values["stop"] = _stop_strings(values["stop"])
+    values["stop_token_ids"] = _token_ids("stop_token_ids", values["stop_token_ids"])
+    values["seed"] = None if values["seed"] == -1 else values["seed"]
+    values["top_k"] = max(values["top_k"], 0)
+    _normalise_temperature(values)
+    _check_together(values)
+    return values
+
+
+def _normalise_temperature(values: dict[str, Any]) -> None:
+    temperature = values["temperature"]
+    if 0.0 < temperature < _LOWEST_TEMPERATURE:
+        warnings.warn(
+            f"temperature {temperature} is raised to {_LOWEST_TEMPERATURE}, the lowest that is sampled;"
+            " use 0 for greedy",
+            stacklevel=5,
+        )
+        values["temperature"] = _LOWEST_TEMPERATURE
+    elif temperature < _GREEDY_BELOW:
+        values.update(temperature=0.0, top_p=1.0, top_k=0, min_p=0.0)
+
+
+def _check_together(values: dict[str, Any]) -> None:
+    max_tokens, min_tokens = values["max_tokens"], values["min_tokens"]
+    if max_tokens is not None and min_tokens > max_tokens:
+        raise _refusal("min_tokens", min_tokens, f"at most max_tokens, which is {max_tokens}")
+    if values["temperature"] == 0.0 and values["n"] > 1:
+        allowed = "1 with temperature 0, as greedy completions would all be the same"
+        raise _refusal("n", values["n"], allowed, "Raise the temperature, or ask for one.")
+    if values["stop"] and not values["detokenize"]:
+        allowed = "none with detokenize=False, as strings are found in the text"
+        raise _refusal("stop", values["stop"], allowed, "Use stop_token_ids, or detokenize=True.")
+
+
+def _refusal(name: str, got: object, allowed: str, advice: str = "") -> ConfigError:
+    return ConfigError(f"{name} is {reprlib.repr(got)}; allowed: {allowed}. {advice}".rstrip())
+
+
+def _refuse_unless_default(name: str, value: object, default: object, advice: str) -> object:
+    if value is default:
+        return default
+    if type(value) is type(default) and value == default:
+        return default
+    if name in _EMPTY_IS_NONE and isinstance(value, (dict, list, tuple)) and not value:
+        return default
+    got = reprlib.repr(value)
+    raise ConfigError(f"{name} is {got}, which is not built yet; allowed: {default!r}. {advice}")
+
+
+def _integer(
+    name: str, value: object, lowest: int, highest: int | None, *, optional: bool
+) -> int | None:
+    if value is None and optional:
+        return None
+    allowed = f"an integer from {lowest}" + (f" to {highest}" if highest is not None else "")
+    number = _index(value)
+    if number is None or number < lowest or (highest is not None and number > highest):
+        raise _refusal(name, value, allowed + (", or None" if optional else ""))
+    return number
+
+
+def _index(value: object) -> int | None:
+    """Returns an integer of any library as an int; None for anything else, bool included."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
+
+
+def _number(name: str, value: object, is_allowed: Callable[[float], bool], allowed: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise _refusal(name, value, allowed)
+    number = float(value)
+    if not is_allowed(number):
+        raise _refusal(name, value, allowed)
+    return number
+
+
+def _stop_strings(value: object) -> list[str]:
+    strings = [value] if isinstance(value, str) else [] if value is None else value
+    is_list = isinstance(strings, (list, tuple))
+    if not is_list or not all(isinstance(s, str) and s for s in strings):
+        raise _refusal("stop", value, "a string or a list of strings, none of them empty")
+    return list(strings)
+
+
+def _token_ids(name: str, value: object) -> list[int]:
+    given = [] if value is None else value
+    ids = [_index(v) for v in given] if isinstance(given, (list, tuple)) else [None]
+    if any(i is None or i < 0 for i in ids):
+        raise _refusal(name, value, "a list of token ids, each 0 or more")
+    return list(dict.fromkeys(i for i in ids if i is not None))

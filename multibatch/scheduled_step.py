@@ -1,0 +1,60 @@
+"""What one step computes, as the scheduler plans it and the runner reads it.
+
+It stands below both: neither has to import the other.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from multibatch.request import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillChunk:
+    """Tokens `start` up to `stop` of a sequence, computed in one prefill call."""
+
+    sequence: Sequence
+    start: int
+    num_tokens: int
+    # it ends at the newest token, so it gives the next one; fixed when the chunk is planned
+    is_last: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Notes whether the chunk reaches the end of the sequence as it is now."""
+        object.__setattr__(self, "is_last", self.stop == self.sequence.num_tokens)
+
+    @property
+    def stop(self) -> int:
+        """The position behind the chunk's last token."""
+        return self.start + self.num_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledStep:
+    """One step: a prefill call, then a decode call. No sequence is in it twice."""
+
+    prefill: tuple[PrefillChunk, ...] = ()
+    decode: tuple[Sequence, ...] = ()
+    # lost their blocks to make room for this step and wait again; not part of it
+    preempted: tuple[Sequence, ...] = ()
+
+    @property
+    def is_empty(self) -> bool:
+        """Nothing to run."""
+        return not self.prefill and not self.decode
+
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Tokens of the prefill call."""
+        return sum(chunk.num_tokens for chunk in self.prefill)
+
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """All sequences that the step computes, in row order."""
+        return (*(chunk.sequence for chunk in self.prefill), *self.decode)
+
+    @property
+    def sampled(self) -> tuple[Sequence, ...]:
+        """The sequences that get a token from this step, in the order `update` takes the ids."""
+        return (*(chunk.sequence for chunk in self.prefill if chunk.is_last), *self.decode)

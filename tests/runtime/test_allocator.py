@@ -1,0 +1,135 @@
+"""The allocator never loses a block, never lends one twice and never lends block 0."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from multibatch.errors import CapacityError, ConfigError
+from multibatch.kv.allocator import SCRATCH_BLOCK, BlockAllocator, BlockOwnershipError
+
+
+class AllocatorMachine(RuleBasedStateMachine):
+    """Random borrowing and returning, right and wrong, against two plain lists."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocator = BlockAllocator(2)
+        self.num_blocks = 2
+        self.holders: list[list[int]] = []
+
+    @initialize(num_blocks=st.integers(2, 20))
+    def make(self, num_blocks: int) -> None:
+        self.allocator = BlockAllocator(num_blocks)
+        self.num_blocks = num_blocks
+
+    @property
+    def lent(self) -> list[int]:
+        return [block for holder in self.holders for block in holder]
+
+    @rule(n=st.integers(0, 8))
+    def allocate(self, n: int) -> None:
+        num_free = self.allocator.num_free
+        if n > num_free:
+            with pytest.raises(CapacityError):
+                self.allocator.allocate(n)
+            assert self.allocator.num_free == num_free
+            return
+        block_ids = self.allocator.allocate(n)
+        assert len(block_ids) == n
+        self.holders.append(block_ids)
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def free(self, data: st.DataObject) -> None:
+        holder = self.holders.pop(data.draw(st.integers(0, len(self.holders) - 1)))
+        self.allocator.free(holder)
+
+    @precondition(lambda self: self.holders)
+    @rule(data=st.data())
+    def free_with_a_wrong_id(self, data: st.DataObject) -> None:
+        holder = data.draw(st.sampled_from(self.holders))
+        free = [block for block in range(1, self.num_blocks) if block not in self.lent]
+        wrong = data.draw(st.sampled_from([SCRATCH_BLOCK, -1, self.num_blocks, *free, *holder[:1]]))
+        at = len(holder) if wrong in holder else data.draw(st.integers(0, len(holder)))
+        num_free = self.allocator.num_free
+        with pytest.raises(BlockOwnershipError, match=f"block {wrong} "):
+            self.allocator.free([*holder[:at], wrong, *holder[at:]])
+        assert self.allocator.num_free == num_free
+
+    @invariant()
+    def nothing_is_lost_doubled_or_scratch(self) -> None:
+        lent = self.lent
+        assert len(set(lent)) == len(lent)
+        assert all(0 < block < self.num_blocks for block in lent)
+        assert self.allocator.num_free + len(lent) == self.allocator.num_total
+        assert self.allocator.num_total == self.num_blocks - 1
+        self.allocator.check_integrity(lent)
+
+
+TestAllocatorMachine = AllocatorMachine.TestCase
+
+
+def test_a_new_pool_lends_from_one_upwards() -> None:
+    allocator = BlockAllocator(5)
+    assert allocator.allocate(4) == [1, 2, 3, 4]
+    assert allocator.num_free == 0
+
+
+def test_the_blocks_freed_last_are_lent_first_in_their_order() -> None:
+    allocator = BlockAllocator(8)
+    held = allocator.allocate(4)
+    allocator.free(held[1:3])
+    assert allocator.allocate(3) == [2, 3, 5]
+
+
+def test_too_little_left_says_how_much_there_is() -> None:
+    allocator = BlockAllocator(4)
+    allocator.allocate(1)
+    with pytest.raises(CapacityError, match="3 KV blocks asked for, 2 of 3 are free"):
+        allocator.allocate(3)
+
+
+def test_a_negative_number_is_refused() -> None:
+    with pytest.raises(ValueError, match="-1 blocks"):
+        BlockAllocator(4).allocate(-1)
+
+
+@pytest.mark.parametrize("num_blocks", [1, 0, -3])
+def test_a_pool_without_a_block_to_lend_is_refused(num_blocks: int) -> None:
+    with pytest.raises(ConfigError, match="at least 2"):
+        BlockAllocator(num_blocks)
+
+
+def test_a_double_free_is_an_error_with_the_block_in_it() -> None:
+    allocator = BlockAllocator(4)
+    held = allocator.allocate(2)
+    allocator.free(held)
+    with pytest.raises(BlockOwnershipError, match="block 1 cannot be freed: it is free already"):
+        allocator.free(held)
+
+
+def test_integrity_finds_lost_doubled_and_foreign_blocks() -> None:
+    allocator = BlockAllocator(4)
+    first, second = allocator.allocate(2)
+    allocator.check_integrity()
+    allocator.check_integrity([second, first])
+    for lent, words in [
+        ([first], f"block {second} is lost"),
+        ([first, second, first], f"block {first} is held twice"),
+        ([first, second, 3], "block 3 is held by a sequence: it is free already"),
+        ([first, second, 0], "block 0 is held by a sequence: it is the scratch block"),
+        ([first, second, 4], "block 4 is held by a sequence: the pool has blocks 1 to 3"),
+    ]:
+        with pytest.raises(BlockOwnershipError, match=words):
+            allocator.check_integrity(lent)
+
+
+@pytest.mark.parametrize("free", [[3, 3], [3, 0], [3, 4], [3], [3, 2, 1]])
+def test_integrity_finds_a_broken_free_list(free: list[int]) -> None:
+    allocator = BlockAllocator(4)
+    allocator.allocate(1)
+    allocator._free[:] = free
+    with pytest.raises(BlockOwnershipError):
+        allocator.check_integrity()
