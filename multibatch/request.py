@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum, StrEnum
+from typing import Final
 
 from multibatch.errors import RequestError
 from multibatch.sampling_params import SamplingParams
 
-_MASK64 = 2**64 - 1
+_MASK32: Final = 2**32 - 1
+_MASK64: Final = 2**64 - 1
 
 
 class FinishReason(StrEnum):
@@ -68,13 +70,11 @@ class Request:
         lowest = min(self.prompt_token_ids)
         if lowest < 0:
             raise RequestError(
-                f"request {self.request_id}: prompt_token_ids has {lowest}; allowed: 0 or more."
-                " Check the tokenizer."
+                f"request {self.request_id}: prompt_token_ids has {lowest}; allowed: 0 or more. Check the tokenizer."
             )
         if not 0 <= self.seed <= _MASK64:
             raise RequestError(
-                f"request {self.request_id}: seed is {self.seed}; allowed: 0 to {_MASK64}."
-                " Make it with resolve_seed."
+                f"request {self.request_id}: seed is {self.seed}; allowed: 0 to {_MASK64}. Make it with resolve_seed."
             )
 
 
@@ -232,9 +232,7 @@ class RequestOutput:
     ec_transfer_params: None = field(default=None, kw_only=True)
 
 
-def resolve_seed(
-    params_seed: int | None, request_index: int, engine_seed: int, *, child_index: int = 0
-) -> int:
+def resolve_seed(params_seed: int | None, request_index: int, engine_seed: int, *, child_index: int = 0) -> int:
     """Returns the 64-bit seed of one completion's random stream.
 
     A given seed is used as it is, plus `child_index` for the completions of `n > 1` (as vLLM does); without one the
@@ -243,6 +241,27 @@ def resolve_seed(
     if params_seed is not None:
         return (params_seed + child_index) & _MASK64
     return _mix(_mix(_mix(engine_seed) + request_index) + child_index)
+
+
+def random_bits(seed: int, position: int) -> int:
+    """53 random bits for one token: Philox 4x32-10 of the key `seed` at the counter `position`.
+
+    Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3" (2011). No state: the same two numbers
+    give the same bits in whatever batch, row or order they are asked for.
+    """
+    words = philox((position & _MASK32, position >> 32 & _MASK32, 0, 0), seed)
+    return (words[0] << 32 | words[1]) >> 11
+
+
+def philox(counter: tuple[int, int, int, int], key: int) -> tuple[int, int, int, int]:
+    """Philox 4x32 with 10 rounds: four 32-bit words of a counter and a 64-bit key to four random ones."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key & _MASK32, key >> 32 & _MASK32
+    for _ in range(10):
+        p0, p1 = 0xD2511F53 * c0, 0xCD9E8D57 * c2
+        c0, c1, c2, c3 = p1 >> 32 ^ c1 ^ k0, p1 & _MASK32, p0 >> 32 ^ c3 ^ k1, p0 & _MASK32
+        k0, k1 = (k0 + 0x9E3779B9) & _MASK32, (k1 + 0xBB67AE85) & _MASK32
+    return c0, c1, c2, c3
 
 
 def _mix(value: int) -> int:

@@ -150,11 +150,7 @@ class SamplingParams:
     @property
     def needs_history(self) -> bool:
         """Whether drawing a token needs to know the tokens before it, that is, any penalty is active."""
-        return (
-            self.presence_penalty != 0.0
-            or self.frequency_penalty != 0.0
-            or self.repetition_penalty != 1.0
-        )
+        return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
 
 _WAIT: Final = "Leave it out, or run this request on an engine that has it."
@@ -268,9 +264,7 @@ def _refuse_unless_default(name: str, value: object, default: object, advice: st
     raise ConfigError(f"{name} is {got}, which is not built yet; allowed: {default!r}. {advice}")
 
 
-def _integer(
-    name: str, value: object, lowest: int, highest: int | None, *, optional: bool
-) -> int | None:
+def _integer(name: str, value: object, lowest: int, highest: int | None, *, optional: bool) -> int | None:
     if value is None and optional:
         return None
     allowed = f"an integer from {lowest}" + (f" to {highest}" if highest is not None else "")
@@ -300,11 +294,10 @@ def _number(name: str, value: object, is_allowed: Callable[[float], bool], allow
 
 
 def _stop_strings(value: object) -> list[str]:
-    strings = [value] if isinstance(value, str) else [] if value is None else value
-    is_list = isinstance(strings, (list, tuple))
-    if not is_list or not all(isinstance(s, str) and s for s in strings):
-        raise _refusal("stop", value, "a string or a list of strings, none of them empty")
-    return list(strings)
+    given = [] if value is None else [value] if isinstance(value, str) else value
+    if isinstance(given, (list, tuple)) and all(isinstance(s, str) and s for s in given):
+        return list(given)
+    raise _refusal("stop", value, "a string or a list of strings, none of them empty")
 
 
 def _token_ids(name: str, value: object) -> list[int]:

@@ -1,0 +1,427 @@
+"""From options to a published artifact: load, pack, build every program, verify, measure, publish."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+import hashlib
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import multibatch
+from multibatch.artifact import Artifact, Staging, record_file, update
+from multibatch.config import EngineConfig
+from multibatch.engine import Engine, load_programs
+from multibatch.errors import CompileError, ConfigError
+from multibatch.hardware import available_memory_bytes, read_cpu_info, usable_cores
+from multibatch.kv.block_table import blocks_for
+from multibatch.ladder import DecoderLadder
+from multibatch.manifest import (
+    BuildInfo,
+    Canary,
+    FileRecord,
+    KVLayout,
+    Manifest,
+    ModelInfo,
+    ProgramSpec,
+    TensorSpec,
+    decoder_name,
+    prefill_name,
+)
+from multibatch.sampling_params import SamplingParams
+
+from .config import CompileConfig, make_config
+from .export import ProgramShape, input_specs
+from .measure import measure_bandwidth, measure_program
+from .model import LoadedModel, load_model, write_weights
+from .operators import operator_library
+from .progress import Progress
+from .verify import check_flattening, check_program
+
+_WEIGHTS = "weights.safetensors"
+_OPERATORS = "ops/multibatch_ops.so"
+_CANARY_TOKENS = 12
+_BYTES_PER_JOB = 2_500_000_000
+"""Memory that one program's build may take: torch, transformers and the compiler."""
+
+
+def compile_model(
+    model: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    decoder_batch_sizes: Iterable[object] = (8, 4, 1),
+    max_num_seqs: int | None = None,
+    max_seq_len: int = 2048,
+    block_size: int = 32,
+    prefill_chunk_sizes: Iterable[object] | None = None,
+    dtype: str | None = None,
+    backend: str = "inductor",
+    device: str = "cpu",
+    jobs: int | None = None,
+    revision: str | None = None,
+    force: bool = False,
+    progress: bool = False,
+) -> Artifact:
+    """Compiles a Hugging Face causal LM into an artifact.
+
+    Args:
+        model: a local folder in Hugging Face format, or a hub id.
+        output: the artifact's folder; it appears whole or not at all.
+        decoder_batch_sizes: one decoder each, in any order; the maximum is added where it is missing.
+        max_num_seqs: sequences that will run at once; default: the largest size.
+        max_seq_len: longest sequence, prompt and output together.
+        block_size: tokens per KV block.
+        prefill_chunk_sizes: tokens of each prefill program; default 32, 128, 512, as far as max_seq_len goes.
+        dtype: bfloat16, float16 or float32; default: the checkpoint's.
+        backend: inductor (AOTInductor programs) or eager (transformers' own code, nothing compiled).
+        device: cpu.
+        jobs: programs built at once; default: as many as cores and memory allow.
+        revision: of a hub id.
+        force: replace an artifact that is there.
+        progress: show a bar per program on standard error.
+
+    Raises:
+        ConfigError: an option outside what is allowed.
+        CompileError: the model cannot be loaded or built.
+        ArtifactError: the output exists, is being written, or does not fit on the disk.
+        VerificationError: a program is wrong; nothing is published.
+    """
+    config = make_config(
+        decoder_batch_sizes=decoder_batch_sizes,
+        max_num_seqs=max_num_seqs,
+        max_seq_len=max_seq_len,
+        block_size=block_size,
+        prefill_chunk_sizes=prefill_chunk_sizes,
+        dtype=dtype,
+        backend=backend,
+        device=device,
+        jobs=jobs,
+    )
+    with Progress(progress) as bars, Staging(output, overwrite=force) as staging:
+        with bars.stage("load the model"):
+            loaded = load_model(str(model), config.dtype, config.block_size, revision)
+            check_flattening(loaded, config.max_seq_len)
+        manifest = _stage_model(staging, loaded, config, str(model), bars)
+        manifest = _build_programs(staging, manifest, [p.name for p in manifest.programs], config.jobs, bars)
+        manifest = _prove(staging, manifest, loaded, [p.name for p in manifest.programs], bars)
+        with bars.stage("publish"):
+            return staging.publish(manifest)
+
+
+def add_size(artifact: str | os.PathLike[str], size: int, *, jobs: int = 1, progress: bool = False) -> Artifact:
+    """Adds one decoder to an artifact; the programs that are there stay as they are.
+
+    Raises:
+        ConfigError: the size is there already, or not an int >= 1.
+        CompileError: the model that the artifact was compiled from cannot be loaded for verification.
+    """
+    with Progress(progress) as bars, update(artifact) as (old, staging):
+        manifest = old.manifest
+        DecoderLadder(manifest.decoder_batch_sizes).with_size(size)
+        with bars.stage("load the model"):
+            loaded = load_model(manifest.model.id, manifest.model.dtype, manifest.kv.block_size, manifest.model.revision)
+            if loaded.info.weights_sha256 != manifest.model.weights_sha256:
+                raise CompileError(
+                    f"{manifest.model.id} has other weights than the artifact was compiled from; compile it again"
+                )
+        spec = _decode_spec(size, manifest.max_seq_len, manifest.kv, manifest.model, manifest.build.backend)
+        programs = sorted([*manifest.programs, spec], key=lambda p: (p.kind, p.num_tokens))
+        manifest = dataclasses.replace(
+            manifest, programs=tuple(programs), max_num_seqs=max(size, manifest.max_num_seqs), canary=None
+        )
+        manifest = _build_programs(staging, manifest, [spec.name], jobs, bars)
+        manifest = _prove(staging, manifest, loaded, [spec.name], bars)
+        return staging.publish(manifest)
+
+
+def prune(artifact: str | os.PathLike[str], size: int) -> tuple[Artifact, str | None]:
+    """Removes one decoder; the artifact and, where the largest went, what that means.
+
+    Raises:
+        ConfigError: there is no such size, or it is the only one.
+    """
+    with update(artifact) as (old, staging):
+        manifest = old.manifest
+        ladder = DecoderLadder(manifest.decoder_batch_sizes)
+        left = ladder.without_size(size)
+        gone = manifest.decoders[size]
+        if gone.file is not None:
+            staging.remove(gone.file.path)
+        manifest = dataclasses.replace(
+            manifest,
+            programs=tuple(p for p in manifest.programs if p.name != gone.name),
+            max_num_seqs=min(manifest.max_num_seqs, left.max),
+        )
+        return staging.publish(manifest), ladder.max_warning(left)
+
+
+def cache_name(model: str, options: Mapping[str, Any]) -> str:
+    """Folder name of the artifact that `LLM(model)` compiles into the cache: changes when the model or the options do."""
+    digest = hashlib.sha256()
+    folder = Path(model)
+    if folder.is_dir():
+        for file in sorted(folder.iterdir()):
+            stat = file.stat()
+            digest.update(f"{file.name} {stat.st_size} {stat.st_mtime_ns}".encode())
+    text = json.dumps([model, dict(options), multibatch.__version__, torch.__version__], sort_keys=True, default=str)
+    digest.update(text.encode())
+    return f"{folder.name or 'model'}-{digest.hexdigest()[:16]}"
+
+
+def _stage_model(staging: Staging, loaded: LoadedModel, config: CompileConfig, source: str, bars: Progress) -> Manifest:
+    """Writes everything but the programs; the manifest has them without files yet."""
+    compiled = config.backend == "inductor"
+    with bars.stage("write weights"):
+        model: Any = loaded.decoder.model
+        model.config.save_pretrained(staging.path)
+        _save_tokenizer(source, staging.path / "tokenizer")
+        write_weights(model, staging.path, staging.path / _WEIGHTS, loaded.info.dtype, packed=compiled)
+    if compiled:
+        with bars.stage("build the operators"):
+            (staging.path / "ops").mkdir()
+            shutil.copy2(operator_library(), staging.path / _OPERATORS)
+    kv, info, backend = loaded.kv, loaded.info, config.backend
+    programs = [_decode_spec(size, config.max_seq_len, kv, info, backend) for size in config.ladder.sizes]
+    rows = config.prefill_rows
+    programs += [_prefill_spec(size, rows, config.max_seq_len, kv, info, backend) for size in config.prefill_chunk_sizes]
+    known = {_WEIGHTS, _OPERATORS}
+    others = [p.relative_to(staging.path).as_posix() for p in sorted(staging.path.rglob("*")) if p.is_file()]
+    return Manifest(
+        model=info,
+        build=_build_info(config, measure_bandwidth()),
+        kv=kv,
+        max_seq_len=config.max_seq_len,
+        max_num_seqs=config.max_num_seqs,
+        prefill_rows=rows,
+        programs=tuple(programs),
+        weights=record_file(staging.path, _WEIGHTS),
+        ops=record_file(staging.path, _OPERATORS) if compiled else None,
+        files=tuple(record_file(staging.path, name) for name in others if name not in known),
+        canary=None,
+    )
+
+
+def _save_tokenizer(source: str, folder: Path) -> None:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        # A model without a tokenizer serves token ids; asking it for text is refused by name at run time.
+        return
+    tokenizer.save_pretrained(folder)
+
+
+def _decode_spec(size: int, max_seq_len: int, kv: KVLayout, info: ModelInfo, backend: str) -> ProgramSpec:
+    return _spec(ProgramShape(decoder_name(size), "decode", size, size, blocks_for(max_seq_len, kv.block_size)), kv, info, backend)
+
+
+def _prefill_spec(
+    size: int, rows: int, max_seq_len: int, kv: KVLayout, info: ModelInfo, backend: str
+) -> ProgramSpec:
+    return _spec(ProgramShape(prefill_name(size), "prefill", rows, size, blocks_for(max_seq_len, kv.block_size)), kv, info, backend)
+
+
+def _spec(shape: ProgramShape, kv: KVLayout, info: ModelInfo, backend: str) -> ProgramSpec:
+    # A placeholder until the program is built; publish refuses it, since the file's size would not match.
+    file = FileRecord(f"programs/{shape.name}.pt2", "0" * 64, 0) if backend == "inductor" else None
+    return ProgramSpec(
+        name=shape.name,
+        kind=shape.kind,  # type: ignore[arg-type]
+        batch_size=shape.num_rows,
+        num_tokens=shape.num_tokens,
+        file=file,
+        inputs=input_specs(shape, kv, info.dtype),
+        outputs=(TensorSpec("logits", (shape.num_rows, info.vocab_size), info.dtype),),
+    )
+
+
+def _build_info(config: CompileConfig, bandwidth: float) -> BuildInfo:
+    import transformers
+
+    cpu = read_cpu_info()
+    return BuildInfo(
+        multibatch_version=multibatch.__version__,
+        backend=config.backend,
+        device="cpu",
+        torch_version=torch.__version__,
+        transformers_version=transformers.__version__,
+        python_version=platform.python_version(),
+        cpu_model=cpu.model_name,
+        cpu_architecture=cpu.architecture,
+        isa=cpu.isa if config.backend == "inductor" else (),
+        compute_capability=None,
+        options={},
+        created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        measured_bandwidth_gbps=round(bandwidth, 2),
+        host_cores=usable_cores(),
+    )
+
+
+def _build_programs(
+    staging: Staging, manifest: Manifest, names: Sequence[str], jobs: int, bars: Progress
+) -> Manifest:
+    """Builds the named programs, each in a process of its own, the largest first."""
+    if manifest.build.backend == "eager":
+        return manifest
+    (staging.path / "programs").mkdir(exist_ok=True)
+    limit = max(1, min(jobs, available_memory_bytes() // _BYTES_PER_JOB))
+    order = sorted((manifest.program(name) for name in names), key=lambda p: -p.num_tokens)
+    seconds = _run_workers(staging.path, manifest, order, limit, bars)
+    programs = []
+    for spec in manifest.programs:
+        if spec.name in seconds:
+            record = record_file(staging.path, f"programs/{spec.name}.pt2")
+            programs.append(dataclasses.replace(spec, file=record, build_seconds=round(seconds[spec.name], 2)))
+        else:
+            programs.append(spec)
+    return dataclasses.replace(manifest, programs=tuple(programs))
+
+
+def _run_workers(
+    folder: Path, manifest: Manifest, specs: Sequence[ProgramSpec], limit: int, bars: Progress
+) -> dict[str, float]:
+    waiting, running = list(specs), dict[str, tuple[subprocess.Popen[bytes], float, Path]]()
+    seconds: dict[str, float] = {}
+    for spec in specs:
+        bars.program(spec.name)
+    with tempfile.TemporaryDirectory(prefix="multibatch-build-") as scratch:
+        try:
+            while waiting or running:
+                while waiting and len(running) < limit:
+                    spec = waiting.pop(0)
+                    running[spec.name] = _start(Path(scratch), folder, manifest, spec)
+                    bars.started(spec.name)
+                for name, (process, started, log) in list(running.items()):
+                    if process.poll() is None:
+                        continue
+                    del running[name]
+                    if process.returncode:
+                        raise CompileError(f"{name} could not be built:\n{log.read_text(errors='replace')[-3000:]}")
+                    seconds[name] = time.monotonic() - started
+                    bars.done(name)
+                bars.tick()
+                time.sleep(0.1)
+        finally:
+            for process, _, _ in running.values():
+                _kill(process)
+    return seconds
+
+
+def _start(
+    scratch: Path, folder: Path, manifest: Manifest, spec: ProgramSpec
+) -> tuple[subprocess.Popen[bytes], float, Path]:
+    shape = ProgramShape(
+        spec.name, spec.kind, spec.batch_size, spec.num_tokens, blocks_for(manifest.max_seq_len, manifest.kv.block_size)
+    )
+    job = {
+        "folder": str(folder),
+        "weights": manifest.weights.path,
+        "shape": dataclasses.asdict(shape),
+        "block_size": manifest.kv.block_size,
+        "layers": [dataclasses.astuple(layer) for layer in manifest.kv.layers],
+        "dtype": manifest.model.dtype,
+        "output": str(folder / "programs" / f"{spec.name}.pt2"),
+    }
+    file, log = scratch / f"{spec.name}.json", scratch / f"{spec.name}.log"
+    file.write_text(json.dumps(job))
+    roots = [str(Path(module.__file__ or "").parent.parent) for module in (multibatch, sys.modules[__package__])]
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([*roots, os.environ.get("PYTHONPATH", "")]),
+        # Programs are the unit of parallelism; Inductor's own pool would outlive a killed worker.
+        "TORCHINDUCTOR_COMPILE_THREADS": "1",
+        "TORCHINDUCTOR_CACHE_DIR": str(scratch / f"{spec.name}-inductor"),
+    }
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "multibatch_compile.worker", str(file)],
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    return process, time.monotonic(), log
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _prove(
+    staging: Staging, manifest: Manifest, loaded: LoadedModel, names: Sequence[str], bars: Progress
+) -> Manifest:
+    """Verifies and measures the named programs and records the canary."""
+    artifact = Artifact(staging.path, manifest)
+    programs = load_programs(artifact)
+    proven = []
+    for spec in manifest.programs:
+        if spec.name in names:
+            with bars.stage(f"verify {spec.name}"):
+                found: Callable[[], Any] = lambda spec=spec: check_program(manifest, spec, programs, loaded)  # type: ignore[misc]
+                spec = dataclasses.replace(
+                    spec,
+                    **dataclasses.asdict(found()),
+                    measured_ms=round(measure_program(manifest, spec, programs), 4),
+                )
+        proven.append(spec)
+    manifest = dataclasses.replace(manifest, programs=tuple(proven))
+    with bars.stage("canary"):
+        return dataclasses.replace(manifest, canary=record_canary(Artifact(staging.path, manifest), programs))
+
+
+def record_canary(artifact: Artifact, programs: Any = None) -> Canary:
+    """A greedy continuation of a fixed prompt, with the logprob of each token."""
+    manifest = artifact.manifest
+    length = max(1, min(16, manifest.max_seq_len - _CANARY_TOKENS))
+    tokens = max(1, min(_CANARY_TOKENS, manifest.max_seq_len - length))
+    prompt = [(7919 * i + 13) % manifest.model.vocab_size for i in range(length)]
+    one = blocks_for(manifest.max_seq_len, manifest.kv.block_size)
+    engine = Engine(artifact, EngineConfig(num_kv_blocks=one), programs)
+    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False)
+    engine.add_request("canary", prompt, params)
+    result = None
+    while engine.has_unfinished:
+        for output in engine.step():
+            result = output
+    if result is None or engine.failure is not None:
+        raise CompileError(f"the canary did not run: {engine.failure}")
+    completion = result.outputs[0]
+    assert completion.logprobs is not None
+    logprobs = [entry[token].logprob for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)]
+    return Canary(
+        prompt_token_ids=tuple(prompt),
+        token_ids=tuple(completion.token_ids),
+        logprobs=tuple(round(x, 6) for x in logprobs),
+        tolerance=1e-4 if manifest.model.dtype == "float32" else 5e-2,
+    )
+
+
+def verify_artifact(path: str | os.PathLike[str]) -> list[str]:
+    """Re-checks hashes, the host and the canary of an artifact; every mismatch as a sentence, none if it is whole."""
+    artifact = Artifact.open(path, verify="hashes")
+    recorded = artifact.manifest.canary
+    if recorded is None:
+        raise ConfigError(f"{path} has no canary; compile it again")
+    now = record_canary(artifact)
+    problems = []
+    if now.token_ids != recorded.token_ids:
+        problems.append(f"canary: tokens {list(now.token_ids)}, expected {list(recorded.token_ids)}")
+    worst = max(abs(a - b) for a, b in zip(now.logprobs, recorded.logprobs, strict=True))
+    if not worst <= recorded.tolerance:
+        problems.append(f"canary: a logprob differs by {worst:.3g}, allowed {recorded.tolerance}")
+    return problems

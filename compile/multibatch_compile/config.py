@@ -1,0 +1,96 @@
+"""What a compile is asked for, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from multibatch.errors import ConfigError, UnsupportedModelError
+from multibatch.hardware import usable_cores
+from multibatch.ladder import DecoderLadder, resolve_ladder
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+Backend = Literal["inductor", "eager"]
+
+_DEFAULT_CHUNKS = (32, 128, 512)
+_MAX_PREFILL_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompileConfig:
+    """Options of one compile, complete and valid."""
+
+    ladder: DecoderLadder
+    max_num_seqs: int
+    max_seq_len: int
+    block_size: int
+    """Tokens per KV block; a multiple of 16, which is one vector of the attention operator."""
+    prefill_chunk_sizes: tuple[int, ...]
+    """Tokens of each prefill program, ascending."""
+    prefill_rows: int
+    """Prompts that share one prefill call."""
+    dtype: Dtype | None
+    """None: the checkpoint's own."""
+    backend: Backend
+    device: str
+    jobs: int
+    """Programs built at once."""
+
+
+def make_config(
+    *,
+    decoder_batch_sizes: Iterable[object] = (8, 4, 1),
+    max_num_seqs: int | None = None,
+    max_seq_len: int = 2048,
+    block_size: int = 32,
+    prefill_chunk_sizes: Iterable[object] | None = None,
+    dtype: str | None = None,
+    backend: str = "inductor",
+    device: str = "cpu",
+    jobs: int | None = None,
+) -> CompileConfig:
+    """Checks and completes the options of a compile.
+
+    Raises:
+        ConfigError: a value outside what is allowed.
+        UnsupportedModelError: a dtype or device that is not built, by name.
+    """
+    resolved = resolve_ladder(decoder_batch_sizes, max_num_seqs)
+    if resolved.warning:
+        warnings.warn(resolved.warning, stacklevel=3)
+    _int("max_seq_len", max_seq_len, 2)
+    _int("block_size", block_size, 16)
+    if block_size % 16:
+        raise ConfigError(f"block_size is {block_size}; allowed: multiples of 16")
+    if prefill_chunk_sizes is None:
+        chunks = sorted({min(size, max_seq_len) for size in _DEFAULT_CHUNKS})
+    else:
+        chunks = sorted({_int("a prefill chunk size", size, 1) for size in prefill_chunk_sizes})
+    if not chunks:
+        raise ConfigError("prefill_chunk_sizes is empty; give at least one size, or leave it out")
+    if dtype is not None and dtype not in get_args(Dtype):
+        raise UnsupportedModelError(f"dtype {dtype!r}; allowed: {', '.join(get_args(Dtype))}")
+    if backend not in get_args(Backend):
+        raise ConfigError(f"backend {backend!r}; allowed: {', '.join(get_args(Backend))}")
+    if device != "cpu":
+        raise UnsupportedModelError(f"device {device!r} is not built yet; allowed: cpu")
+    return CompileConfig(
+        ladder=resolved.ladder,
+        max_num_seqs=resolved.max_num_seqs,
+        max_seq_len=max_seq_len,
+        block_size=block_size,
+        prefill_chunk_sizes=tuple(chunks),
+        prefill_rows=min(resolved.ladder.max, _MAX_PREFILL_ROWS, chunks[0]),
+        dtype=dtype,  # type: ignore[arg-type]
+        backend=backend,  # type: ignore[arg-type]
+        device=device,
+        jobs=_int("jobs", jobs, 1) if jobs is not None else usable_cores(),
+    )
+
+
+def _int(name: str, value: object, lowest: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+        raise ConfigError(f"{name} is {value!r}; allowed: an int >= {lowest}")
+    return value

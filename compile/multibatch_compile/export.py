@@ -1,0 +1,93 @@
+"""One program: the model's structure through torch.export and AOTInductor, without its weights."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from multibatch.backends.base import DTYPES
+from multibatch.backends.eager import assign_weights, model_skeleton
+from multibatch.backends.flat_model import COMPILED_ATTENTION, FlatDecoder
+from multibatch.backends.inductor import map_weights
+from multibatch.manifest import KVLayout, TensorSpec
+
+from .packing import pack_model
+
+
+@dataclass(frozen=True, slots=True)
+class ProgramShape:
+    """What distinguishes one program of an artifact from another."""
+
+    name: str
+    kind: str
+    num_rows: int
+    num_tokens: int
+    max_blocks: int
+
+
+def input_specs(shape: ProgramShape, kv: KVLayout, dtype: str) -> tuple[TensorSpec, ...]:
+    """The program's inputs in order."""
+    t, r = shape.num_tokens, shape.num_rows
+    fixed = [
+        ("token_ids", (1, t), "int64"),
+        ("positions", (1, t), "int64"),
+        ("slot_mapping", (t,), "int64"),
+        ("cu_seqlens", (r + 1,), "int32"),
+        ("block_tables", (r, shape.max_blocks), "int32"),
+        ("seq_lens", (r,), "int32"),
+        ("logits_to_keep", (r,), "int64"),
+    ]
+    specs = [TensorSpec(name, size, kind) for name, size, kind in fixed]
+    free, size = "num_blocks", kv.block_size
+    keys = [(free, x.num_kv_heads, x.head_dim, size) for x in kv.layers]
+    values = [(free, x.num_kv_heads, size, x.value_dim) for x in kv.layers]
+    specs += [TensorSpec(f"key_pool_{i}", dims, dtype) for i, dims in enumerate(keys)]
+    specs += [TensorSpec(f"value_pool_{i}", dims, dtype) for i, dims in enumerate(values)]
+    return tuple(specs)
+
+
+def build_program(folder: Path, weights: Path, shape: ProgramShape, kv: KVLayout, dtype: str, output: Path) -> None:
+    """Exports and compiles one program to `output` (.pt2).
+
+    Args:
+        folder: holds config.json.
+        weights: the artifact's packed weights; mapped, and not copied into the program.
+        shape: rows and tokens of the program.
+        kv: the pool's layout.
+        dtype: the model's.
+        output: the file to write.
+    """
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    model = model_skeleton(folder, DTYPES[dtype])
+    pack_model(model)
+    assign_weights(model, map_weights(weights))
+    decoder = FlatDecoder(model, COMPILED_ATTENTION)
+    arguments = _example(shape, kv, dtype)
+    free = torch.export.Dim("num_blocks", min=2)
+    pools = [{0: free} for _ in kv.layers]
+    dynamic: Any = (None,) * 7 + (pools, list(pools))
+    with torch.no_grad():
+        program = torch.export.export(decoder, arguments, dynamic_shapes=dynamic, strict=False)
+        torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=str(output),
+            inductor_configs={
+                "aot_inductor.package_constants_in_so": False,
+                # What is left to Inductor is small beside the operators, whose threads would fight with OpenMP's.
+                "cpp.threads": 1,
+            },
+        )
+
+
+def _example(shape: ProgramShape, kv: KVLayout, dtype: str) -> tuple[Any, ...]:
+    tensors = []
+    for spec in input_specs(shape, kv, dtype):
+        dims = [3 if isinstance(size, str) else size for size in spec.shape]
+        kind = DTYPES.get(spec.dtype) or {"int64": torch.int64, "int32": torch.int32}[spec.dtype]
+        tensors.append(torch.zeros(dims, dtype=kind))
+    pools = tensors[7:]
+    return (*tensors[:7], pools[: kv.num_layers], pools[kv.num_layers :])

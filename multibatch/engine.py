@@ -1,0 +1,348 @@
+"""The loop: requests in, tokens out. Joins scheduler, runner and sampler; owns the clock and the pool's size."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence as AnySequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from multibatch.artifact import Artifact, check_host
+from multibatch.backends.base import DTYPES, LoadedPrograms
+from multibatch.config import EngineConfig, threads_from_environment
+from multibatch.errors import CapacityError, ConfigError, RequestError, StepError
+from multibatch.hardware import available_memory_bytes, read_cpu_info
+from multibatch.kv.allocator import BlockAllocator
+from multibatch.kv.block_table import blocks_for
+from multibatch.kv.pool import KVPool
+from multibatch.ladder import DecoderLadder
+from multibatch.manifest import Manifest
+from multibatch.request import (
+    CompletionOutput,
+    FinishReason,
+    Logprob,
+    Request,
+    RequestMetrics,
+    RequestOutput,
+    Sequence,
+    resolve_seed,
+)
+from multibatch.runner import Runner
+from multibatch.sampler import RowLogprobs, Sampler, SamplingRow
+from multibatch.sampling_params import RequestOutputKind, SamplingParams
+from multibatch.scheduled_step import ScheduledStep
+from multibatch.scheduler import Scheduler, SchedulerConfig
+from multibatch.selector import Selector
+from multibatch.tokenizer import Detokenizer, Tokenizer
+
+
+@dataclass(slots=True)
+class _Completion:
+    """One of a request's n continuations while it runs."""
+
+    sequence: Sequence
+    detokenizer: Detokenizer | None
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    cumulative_logprob: float = 0.0
+    num_sent_tokens: int = 0
+    num_sent_characters: int = 0
+
+
+@dataclass(slots=True)
+class _Group:
+    """A request as its caller sees it: one prompt, n completions."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    completions: list[_Completion]
+    arrival_time: float
+    queued_ts: float
+    scheduled_ts: float | None = None
+    first_token_ts: float | None = None
+    last_token_ts: float | None = None
+
+
+class Engine:
+    """Serves requests with the decoders of one artifact. Not thread-safe: one thread adds, steps and aborts."""
+
+    def __init__(self, artifact: Artifact, config: EngineConfig, programs: LoadedPrograms | None = None) -> None:
+        """Loads the programs (unless given) and allocates the pool.
+
+        Raises:
+            IncompatibleError: the artifact was built for another machine or torch.
+            ConfigError: a limit above what the artifact was compiled for.
+            CapacityError: the pool cannot hold one sequence of max_seq_len.
+        """
+        manifest = artifact.manifest
+        self.manifest = manifest
+        self.max_num_seqs = _limit("max_num_seqs", config.max_num_seqs, manifest.max_num_seqs, "--max-num-seqs")
+        self.max_seq_len = _limit("max_seq_len", config.max_seq_len, manifest.max_seq_len, "--max-seq-len")
+        self._programs = programs or load_programs(artifact, config.num_threads)
+        num_blocks = _num_blocks(manifest, config, self.max_num_seqs, self.max_seq_len)
+        self.pool = KVPool.allocate(manifest.kv, num_blocks + 1, DTYPES[manifest.model.dtype])
+        limits = SchedulerConfig(
+            max_num_seqs=self.max_num_seqs,
+            max_seq_len=self.max_seq_len,
+            block_size=manifest.kv.block_size,
+            max_prefill_tokens=max(manifest.prefill_chunk_sizes),
+            max_prefill_rows=min(p.batch_size for p in manifest.prefills.values()),
+        )
+        self._allocator = BlockAllocator(num_blocks + 1)
+        self.scheduler = Scheduler(limits, self._allocator)
+        selector = Selector(DecoderLadder(manifest.decoder_batch_sizes), config.selector_policy)  # type: ignore[arg-type]
+        self.runner = Runner(manifest, self._programs, self.pool, selector)
+        tokenizer_dir = artifact.path / "tokenizer"
+        self._tokenizer_dir: Path | None = tokenizer_dir if tokenizer_dir.is_dir() else None
+        self._tokenizer: Tokenizer | None = None
+        self._sampler = Sampler()
+        self._seed = config.seed
+        self._num_requests = 0
+        self._groups: dict[str, _Group] = {}
+        self._owner: dict[str, tuple[_Group, _Completion]] = {}
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Loaded at first use, since prompts of ids need none.
+
+        Raises:
+            RequestError: the artifact has none.
+        """
+        if self._tokenizer is None:
+            if self._tokenizer_dir is None:
+                raise RequestError("the artifact has no tokenizer; give prompts as token ids, with detokenize=False")
+            self._tokenizer = Tokenizer(self._tokenizer_dir)
+        return self._tokenizer
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self.scheduler.has_unfinished
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt_token_ids: AnySequence[int],
+        params: SamplingParams,
+        prompt: str | None = None,
+    ) -> None:
+        """Queues a request.
+
+        Raises:
+            RequestError: it can never run here; nothing was queued.
+        """
+        self._check(request_id, prompt_token_ids, params)
+        group = _Group(request_id, prompt, list(prompt_token_ids), params, [], time.time(), time.monotonic())
+        number = self._num_requests
+        for child in range(params.n):
+            request = Request(
+                request_id=request_id if params.n == 1 else f"{request_id}#{child}",
+                prompt_token_ids=tuple(prompt_token_ids),
+                params=params,
+                prompt=prompt,
+                arrival_time=group.arrival_time,
+                seed=resolve_seed(params.seed, number, self._seed, child_index=child),
+                eos_token_ids=self.manifest.model.eos_token_ids,
+            )
+            detokenizer = None
+            if params.detokenize and (self._tokenizer_dir is not None or params.stop):
+                detokenizer = Detokenizer(self.tokenizer, params.stop, params.skip_special_tokens)
+            group.completions.append(_Completion(Sequence(request), detokenizer))
+        added: list[_Completion] = []
+        try:
+            for completion in group.completions:
+                self.scheduler.add(completion.sequence)
+                added.append(completion)
+        except RequestError:
+            for completion in added:
+                self.scheduler.abort(completion.sequence.request_id)
+            raise
+        self._num_requests += 1
+        self._groups[request_id] = group
+        self._owner |= {c.sequence.request_id: (group, c) for c in group.completions}
+
+    def abort(self, request_id: str) -> RequestOutput | None:
+        """Ends a request and frees its blocks at once; its last output, or None where it is not being served."""
+        group = self._groups.get(request_id)
+        if group is None:
+            return None
+        for completion in group.completions:
+            self.scheduler.abort(completion.sequence.request_id)
+        return self._output(group)
+
+    def step(self) -> list[RequestOutput]:
+        """Runs one step; an output for each request that got a token or ended.
+
+        A step that fails ends its own requests with finish_reason "error"; `failure` says why and the engine goes on.
+        """
+        step = self.scheduler.schedule()
+        now = time.monotonic()
+        for sequence in step.sequences:
+            group = self._owner[sequence.request_id][0]
+            group.scheduled_ts = group.scheduled_ts or now
+        try:
+            logits = self.runner.run(step)
+            rows = [SamplingRow.from_sequence(sequence) for sequence in step.sampled]
+            sampled = self._sampler.sample(logits, rows) if rows else None
+        except (RuntimeError, StepError) as error:
+            return self._fail(step, error)
+        if sampled is None:
+            return []
+        live = [sequence for sequence in step.sampled if not sequence.is_finished]
+        self.scheduler.update(step, sampled.token_ids)
+        now = time.monotonic()
+        for sequence, token, logprobs in zip(step.sampled, sampled.token_ids, sampled.logprobs, strict=True):
+            if sequence in live:
+                self._accept(sequence, token, logprobs, now)
+        groups = dict.fromkeys(self._owner[sequence.request_id][0].request_id for sequence in step.sampled)
+        outputs = [self._output(self._groups[name]) for name in groups]
+        return [output for output in outputs if output is not None]
+
+    def _check(self, request_id: str, prompt_token_ids: AnySequence[int], params: SamplingParams) -> None:
+        if request_id in self._groups:
+            raise RequestError(f"request {request_id!r} is being served already; give each request its own id")
+        vocabulary = self.manifest.model.vocab_size
+        beyond = [t for t in prompt_token_ids if not 0 <= t < vocabulary]
+        if beyond:
+            raise RequestError(
+                f"request {request_id!r}: token id {beyond[0]} in the prompt; allowed: 0 to {vocabulary - 1}"
+            )
+        total = len(prompt_token_ids) + (params.max_tokens or 1)
+        if len(prompt_token_ids) and total > self.max_seq_len:
+            raise RequestError(
+                f"request {request_id!r}: {len(prompt_token_ids)} prompt tokens and max_tokens {params.max_tokens}"
+                f" make {total}; allowed: max_seq_len {self.max_seq_len} in all. Lower max_tokens, shorten the prompt,"
+                " give max_tokens=None for as many as fit, or compile with a larger --max-seq-len"
+            )
+
+    def _accept(self, sequence: Sequence, token: int, logprobs: RowLogprobs | None, now: float) -> None:
+        group, completion = self._owner[sequence.request_id]
+        group.first_token_ts = group.first_token_ts or now
+        group.last_token_ts = now
+        if logprobs is not None:
+            entries = self._named(logprobs)
+            completion.logprobs.append(entries)
+            completion.cumulative_logprob += entries[token].logprob
+        detokenizer, params = completion.detokenizer, sequence.request.params
+        if detokenizer is None:
+            return
+        is_stop_token = sequence.finish_reason is FinishReason.STOP
+        if is_stop_token and not params.include_stop_str_in_output:
+            return
+        stop = detokenizer.add(token)
+        if stop is not None and not is_stop_token and sequence.num_output_tokens > params.min_tokens:
+            detokenizer.cut(stop, keep=params.include_stop_str_in_output)
+            self.scheduler.finish(sequence, FinishReason.STOP, stop)
+
+    def _named(self, row: RowLogprobs) -> dict[int, Logprob]:
+        name = self.tokenizer.decode_token if self._tokenizer_dir is not None else None
+        return {
+            token: Logprob(logprob, rank, name(token) if name else None)
+            for token, logprob, rank in zip(row.token_ids, row.logprobs, row.ranks, strict=True)
+        }
+
+    def _fail(self, step: ScheduledStep, error: Exception) -> list[RequestOutput]:
+        failed = self.scheduler.fail(step)
+        self.failure = StepError(f"a step failed: {error}", [sequence.request_id for sequence in failed])
+        self.failure.__cause__ = error
+        names = dict.fromkeys(self._owner[sequence.request_id][0].request_id for sequence in failed)
+        outputs = [self._output(self._groups[name]) for name in names]
+        return [output for output in outputs if output is not None]
+
+    failure: StepError | None = None
+    """Why the latest failed step failed."""
+
+    def _output(self, group: _Group) -> RequestOutput | None:
+        finished = all(c.sequence.is_finished for c in group.completions)
+        kind = group.params.output_kind
+        outputs = [_completion_output(i, c, group.params) for i, c in enumerate(group.completions)]
+        if finished:
+            del self._groups[group.request_id]
+            for completion in group.completions:
+                del self._owner[completion.sequence.request_id]
+        elif kind is RequestOutputKind.FINAL_ONLY:
+            return None
+        latency = None
+        if group.first_token_ts is not None:
+            latency = group.first_token_ts - group.queued_ts
+        metrics = RequestMetrics(
+            num_generation_tokens=sum(c.sequence.num_output_tokens for c in group.completions),
+            num_preemptions=sum(c.sequence.num_preemptions for c in group.completions),
+            arrival_time=group.arrival_time,
+            queued_ts=group.queued_ts,
+            scheduled_ts=group.scheduled_ts,
+            first_token_ts=group.first_token_ts,
+            last_token_ts=group.last_token_ts,
+            first_token_latency=latency,
+        )
+        return RequestOutput(
+            group.request_id, group.prompt, group.prompt_token_ids, None, outputs, finished, metrics, num_cached_tokens=0
+        )
+
+
+def _completion_output(index: int, completion: _Completion, params: SamplingParams) -> CompletionOutput:
+    sequence, detokenizer = completion.sequence, completion.detokenizer
+    text = detokenizer.visible(sequence.is_finished) if detokenizer else ""
+    token_ids = sequence.output_token_ids
+    first_token, first_character = 0, 0
+    if params.output_kind is RequestOutputKind.DELTA:
+        first_token, first_character = completion.num_sent_tokens, completion.num_sent_characters
+        completion.num_sent_tokens, completion.num_sent_characters = len(token_ids), max(first_character, len(text))
+    wanted = params.logprobs is not None
+    return CompletionOutput(
+        index=index,
+        text=text[first_character:],
+        token_ids=token_ids[first_token:],
+        cumulative_logprob=completion.cumulative_logprob if wanted else None,
+        logprobs=completion.logprobs[first_token:] if wanted else None,
+        finish_reason=sequence.finish_reason,
+        stop_reason=sequence.stop_reason,
+    )
+
+
+def load_programs(artifact: Artifact, num_threads: int | None = None) -> LoadedPrograms:
+    """The programs of an artifact by the backend that its manifest names.
+
+    Raises:
+        IncompatibleError: they were built for another machine or torch.
+    """
+    cpu = read_cpu_info()
+    check_host(artifact.manifest, torch_version=torch.__version__, isa=cpu.isa, architecture=cpu.architecture)
+    if artifact.manifest.build.backend == "eager":
+        from multibatch.backends.eager import EagerPrograms
+
+        return EagerPrograms.load(artifact)
+    from multibatch.backends.inductor import InductorPrograms
+
+    return InductorPrograms(artifact, num_threads or threads_from_environment())
+
+
+def _limit(name: str, asked: int | None, compiled: int, option: str) -> int:
+    if asked is None:
+        return compiled
+    if asked > compiled:
+        raise ConfigError(
+            f"{name} is {asked}; the artifact was compiled for at most {compiled}: lower it, or compile with {option} {asked}"
+        )
+    return asked
+
+
+def _num_blocks(manifest: Manifest, config: EngineConfig, max_num_seqs: int, max_seq_len: int) -> int:
+    """Blocks besides the scratch block."""
+    one = blocks_for(max_seq_len, manifest.kv.block_size)
+    per_block = manifest.kv.bytes_per_block(manifest.model.dtype)
+    if config.num_kv_blocks is not None:
+        num_blocks = config.num_kv_blocks
+    elif config.kv_cache_memory_bytes is not None:
+        num_blocks = config.kv_cache_memory_bytes // per_block - 1
+    else:
+        num_blocks = min(one * max_num_seqs, available_memory_bytes() // 2 // per_block - 1)
+    if num_blocks < one:
+        raise CapacityError(
+            f"the KV pool has {max(num_blocks, 0)} blocks; one sequence of max_seq_len {max_seq_len} needs {one}"
+            f" ({one * per_block} bytes): give it more memory, or set a smaller max_seq_len"
+        )
+    return num_blocks

@@ -1,0 +1,264 @@
+"""`LLM`: offline generation with vLLM's names, over one engine."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from multibatch.artifact import Artifact
+from multibatch.config import EngineConfig, cache_dir
+from multibatch.engine import Engine
+from multibatch.errors import ArtifactError, ConfigError, RequestError
+from multibatch.manifest import MANIFEST_NAME
+from multibatch.metrics import CallRecord
+from multibatch.request import RequestOutput
+from multibatch.sampling_params import RequestOutputKind, SamplingParams
+
+Prompt = str | Sequence[int] | Mapping[str, Any]
+"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
+
+_NOT_BUILT = {
+    "lora_request": "LoRA adapters",
+    "tools": "tools",
+    "mm_processor_kwargs": "multimodal prompts",
+    "priority": "priorities",
+    "tokenization_kwargs": "tokenization options",
+}
+
+
+class LLM:
+    """Generates with the decoders of an artifact, or of a model that is compiled into the cache first.
+
+    Args:
+        model: an artifact's folder, or a Hugging Face model's folder or hub id.
+        max_num_seqs: sequences running at once; at most what the artifact was compiled for.
+        max_model_len: longest sequence; `max_seq_len` is the same.
+        kv_cache_memory_bytes: size of the KV pool.
+        num_kv_blocks: size of the KV pool in blocks, instead.
+        seed: where requests without a seed get theirs from.
+        selector_policy: which decoder runs n rows: nearest, pad_to_max, one_by_one.
+        num_threads: threads of the operators, shared by the process.
+        compile_options: for a model: keyword arguments of `multibatch_compile.compile_model`.
+
+    Raises:
+        ArtifactError: the folder does not open.
+        ConfigError: an option outside what is allowed, or not known.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        max_num_seqs: int | None = None,
+        max_model_len: int | None = None,
+        max_seq_len: int | None = None,
+        kv_cache_memory_bytes: int | None = None,
+        num_kv_blocks: int | None = None,
+        seed: int = 0,
+        selector_policy: str = "nearest",
+        num_threads: int | None = None,
+        compile_options: Mapping[str, Any] | None = None,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise ConfigError(f"LLM does not know {', '.join(sorted(unknown))}; see help(multibatch.LLM) for what it does")
+        config = EngineConfig(
+            max_num_seqs=max_num_seqs,
+            max_seq_len=max_model_len if max_model_len is not None else max_seq_len,
+            kv_cache_memory_bytes=kv_cache_memory_bytes,
+            num_kv_blocks=num_kv_blocks,
+            seed=seed,
+            selector_policy=selector_policy,
+            num_threads=num_threads,
+        )
+        self.artifact = open_or_compile(model, compile_options or {})
+        self.engine = Engine(self.artifact, config)
+        self._ids = itertools.count()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **not_built: Any,
+    ) -> list[RequestOutput]:
+        """Continues every prompt; results come in the order of the prompts.
+
+        Raises:
+            RequestError: a prompt or its parameters can never run here; nothing was run.
+            StepError: a step failed; names the requests that failed with it.
+        """
+        _refuse_not_built(not_built)
+        return self._finish(self._add_all(prompts, sampling_params, RequestOutputKind.FINAL_ONLY), use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        **not_built: Any,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or several, in the model's chat template."""
+        _refuse_not_built(not_built)
+        if not messages:
+            raise RequestError("chat got no messages; give a list of {'role': …, 'content': …}, or a list of such lists")
+        conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
+        prompts = [
+            self.engine.tokenizer.render_chat(
+                conversation,
+                chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                **(chat_template_kwargs or {}),
+            )
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
+        """Continues one prompt and yields an output per token."""
+        (request_id,) = self._add_all([prompt], sampling_params)
+        try:
+            while self.engine.has_unfinished:
+                yield from (output for output in self.engine.step() if output.request_id == request_id)
+            self._raise_failure({request_id})
+        finally:
+            self.engine.abort(request_id)
+
+    def get_tokenizer(self) -> Any:
+        """The transformers tokenizer."""
+        return self.engine.tokenizer.hf
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` uses where none are given."""
+        return SamplingParams()
+
+    def take_records(self) -> list[CallRecord]:
+        """The program calls since the last time this was asked."""
+        records, self.engine.runner.records = self.engine.runner.records, []
+        return records
+
+    def _add_all(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        kind: RequestOutputKind | None = None,
+    ) -> list[str]:
+        given = _listed(prompts)
+        if sampling_params is None or isinstance(sampling_params, SamplingParams):
+            params = [sampling_params or self.get_default_sampling_params()] * len(given)
+        else:
+            params = list(sampling_params)
+        if len(params) != len(given):
+            raise RequestError(f"{len(params)} sampling_params for {len(given)} prompts; give one, or one for each")
+        self.engine.failure = None
+        added: list[str] = []
+        try:
+            for prompt, p in zip(given, params, strict=True):
+                text, ids = self._encode(prompt)
+                p = p if kind is None else dataclasses.replace(p, output_kind=kind)
+                request_id = str(next(self._ids))
+                self.engine.add_request(request_id, ids, p, text)
+                added.append(request_id)
+        except RequestError:
+            for request_id in added:
+                self.engine.abort(request_id)
+            raise
+        return added
+
+    def _encode(self, prompt: Any) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, Mapping):
+            keys = set(prompt) & {"prompt", "prompt_token_ids"}
+            if not keys or set(prompt) - keys:
+                raise RequestError(
+                    f"a prompt with the keys {', '.join(map(str, prompt))}; allowed: prompt, prompt_token_ids"
+                )
+            if "prompt_token_ids" in prompt:
+                return prompt.get("prompt"), _token_ids(prompt["prompt_token_ids"])
+            prompt = prompt["prompt"]
+        if isinstance(prompt, str):
+            ids = self.engine.tokenizer.encode(prompt)
+            if not ids:
+                raise RequestError("a prompt of 0 tokens; allowed: 1 or more")
+            return prompt, ids
+        return None, _token_ids(prompt)
+
+    def _finish(self, request_ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
+        done: dict[str, RequestOutput] = {}
+        bar: Any = tqdm(total=len(request_ids), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True)
+        try:
+            while self.engine.has_unfinished:
+                for output in self.engine.step():
+                    if output.finished:
+                        done[output.request_id] = output
+                        bar.update(1)
+        finally:
+            bar.close()
+            for request_id in request_ids:
+                self.engine.abort(request_id)
+        self._raise_failure(set(request_ids))
+        return [done[request_id] for request_id in request_ids]
+
+    def _raise_failure(self, request_ids: set[str]) -> None:
+        failure = self.engine.failure
+        if failure is not None and request_ids & {name.partition("#")[0] for name in failure.request_ids}:
+            raise failure
+
+
+def open_or_compile(model: str | Path, compile_options: Mapping[str, Any]) -> Artifact:
+    """An artifact as it is; a model is compiled into the cache folder first, with progress on the terminal."""
+    folder = Path(model)
+    if (folder / MANIFEST_NAME).is_file() or (folder.is_dir() and not (folder / "config.json").is_file()):
+        return Artifact.open(folder)
+    try:
+        compiler = importlib.import_module("multibatch_compile")
+    except ImportError as error:
+        raise ArtifactError(f"{model} is no artifact, and the compile step is not installed: {error}") from error
+    name = compiler.cache_name(str(model), dict(compile_options))
+    target = cache_dir() / "artifacts" / name
+    with contextlib.suppress(ArtifactError):
+        return Artifact.open(target)
+    return compiler.compile_model(str(model), target, force=target.exists(), progress=True, **compile_options)  # type: ignore[no-any-return]
+
+
+def _listed(prompts: Any) -> list[Any]:
+    if isinstance(prompts, (str, Mapping)):
+        return [prompts]
+    given = list(prompts)
+    if given and all(isinstance(x, int) and not isinstance(x, bool) for x in given):
+        return [given]
+    return given
+
+
+def _token_ids(value: Any) -> list[int]:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
+        raise RequestError(f"a prompt of type {type(value).__name__}; allowed: str, list of token ids, or a dict of them")
+    wrong = [x for x in value if isinstance(x, bool) or not isinstance(x, int)]
+    if wrong:
+        raise RequestError(f"token id {wrong[0]!r} in a prompt; allowed: ints")
+    if not value:
+        raise RequestError("a prompt of 0 tokens; allowed: 1 or more")
+    return list(value)
+
+
+def _refuse_not_built(options: Mapping[str, Any]) -> None:
+    asked = sorted(name for name, value in options.items() if value is not None)
+    if asked:
+        names = ", ".join(f"{name} ({_NOT_BUILT.get(name, 'unknown option')})" for name in asked)
+        raise ConfigError(f"not built yet: {names}; leave it out")
+
+
+__all__ = ["LLM", "Prompt", "RequestOutputKind", "open_or_compile"]

@@ -1,0 +1,81 @@
+"""Runs a scheduled step: selects programs, pads, calls, strips. Knows nothing of queues or text."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from multibatch.backends.base import LoadedPrograms
+from multibatch.batch import DecodeRow, decode_inputs, prefill_inputs
+from multibatch.kv.block_table import blocks_for
+from multibatch.kv.pool import KVPool
+from multibatch.manifest import Manifest, decoder_name, prefill_name
+from multibatch.metrics import CallRecord
+from multibatch.scheduled_step import ScheduledStep
+from multibatch.selector import Selector, select_chunk
+
+
+class Runner:
+    """Executes steps with the programs of one artifact over one pool."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        programs: LoadedPrograms,
+        pool: KVPool,
+        selector: Selector,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Joins what it is given; loads nothing itself."""
+        self._manifest = manifest
+        self._programs = programs
+        self._pool = pool
+        self._selector = selector
+        self._clock = clock
+        self._block_size = manifest.kv.block_size
+        self._max_blocks = blocks_for(manifest.max_seq_len, self._block_size)
+        self.records: list[CallRecord] = []
+
+    def run(self, step: ScheduledStep) -> torch.Tensor:
+        """Logits of the step's sampled sequences, [len(step.sampled), V], in that order."""
+        parts: list[torch.Tensor] = []
+        if step.prefill:
+            logits = self._prefill(step)
+            last = [i for i, chunk in enumerate(step.prefill) if chunk.is_last]
+            if last:
+                parts.append(logits[last] if len(last) < logits.shape[0] else logits)
+        if step.decode:
+            parts += self._decode(step)
+        if not parts:
+            return torch.empty((0, self._manifest.model.vocab_size))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _prefill(self, step: ScheduledStep) -> torch.Tensor:
+        size = select_chunk(step.num_prefill_tokens, self._manifest.prefill_chunk_sizes)
+        spec = self._manifest.prefills[size]
+        inputs = prefill_inputs(step.prefill, size, spec.batch_size, self._max_blocks, self._block_size)
+        start = self._clock()
+        logits = self._programs.run(prefill_name(size), inputs, self._pool)
+        self._record(prefill_name(size), step.num_prefill_tokens, size, start)
+        return logits
+
+    def _decode(self, step: ScheduledStep) -> list[torch.Tensor]:
+        rows = [
+            DecodeRow(seq.token_ids[seq.num_computed_tokens - 1], seq.num_computed_tokens - 1, seq.block_ids)
+            for seq in step.decode
+        ]
+        parts = []
+        for slot in self._selector.select(len(rows)):
+            live = rows[slot.start : slot.stop]
+            inputs = decode_inputs(live, slot.batch_size, self._max_blocks, self._block_size)
+            name = decoder_name(slot.batch_size)
+            start = self._clock()
+            logits = self._programs.run(name, inputs, self._pool)
+            self._record(name, slot.num_live, slot.batch_size, start)
+            parts.append(logits[: slot.num_live])
+        return parts
+
+    def _record(self, program: str, num_live: int, size: int, start: float) -> None:
+        self.records.append(CallRecord(program, num_live, size - num_live, (self._clock() - start) * 1000))
