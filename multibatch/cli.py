@@ -1,0 +1,306 @@
+"""The `multibatch` command. The only file that knows both the compile step and the runtime."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+import multibatch
+from multibatch.artifact import Artifact
+from multibatch.errors import ConfigError, MultibatchError, RequestError
+from multibatch.ladder import parse_batch_sizes
+from multibatch.manifest import Manifest
+
+_OUT = Console()
+_ERR = Console(stderr=True)
+
+
+class _Group(click.Group):
+    """Turns our errors into one line and an exit code; `--debug` shows where they come from."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        warnings.showwarning = lambda message, *_, **__: _ERR.print(f"warning: {message}", highlight=False)
+        try:
+            return super().invoke(ctx)
+        except MultibatchError as error:
+            if ctx.params.get("debug"):
+                raise
+            _ERR.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+            ctx.exit(error.exit_code)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(multibatch.__version__, prog_name="multibatch")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """LLM decoding with programs compiled ahead, one per batch size."""
+    logging.basicConfig(level=logging.DEBUG if debug else logging.WARNING)
+
+
+def _sizes(_: click.Context, __: click.Parameter, value: str | None) -> list[int] | None:
+    return None if value is None else parse_batch_sizes(value)
+
+
+def _quiet() -> None:
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+@main.command("compile")
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The artifact's folder.")
+@click.option("--decoder-batch-sizes", default="8,4,1", show_default=True, callback=_sizes, help="One decoder each.")
+@click.option("--max-seq-len", default=2048, show_default=True, help="Longest sequence, prompt and output together.")
+@click.option("--max-num-seqs", type=int, help="Sequences that run at once; default: the largest size.")
+@click.option("--block-size", default=32, show_default=True, help="Tokens per KV block; a multiple of 16.")
+@click.option("--prefill-chunk-sizes", callback=_sizes, help="Tokens of each prefill program; default 32,128,512.")
+@click.option("--dtype", help="bfloat16, float16 or float32; default: the checkpoint's.")
+@click.option("--backend", default="inductor", show_default=True, help="inductor, or eager (nothing compiled).")
+@click.option("--device", default="cpu", show_default=True, help="cpu.")
+@click.option("--revision", help="Of a hub id.")
+@click.option("--jobs", type=int, help="Programs built at once; default: what cores and memory allow.")
+@click.option("--force", is_flag=True, help="Replace an artifact that is there.")
+def compile_command(model: str, output: Path, **options: Any) -> None:
+    """Compile MODEL, a Hugging Face folder or hub id, into an artifact."""
+    import multibatch_compile
+
+    _quiet()
+    artifact = multibatch_compile.compile_model(model, output, progress=True, **options)
+    _print_table(artifact)
+
+
+@main.command("add-size")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("size", type=int)
+def add_size_command(artifact: Path, size: int) -> None:
+    """Add a decoder of batch size SIZE to ARTIFACT; the other programs stay."""
+    import multibatch_compile
+
+    _quiet()
+    _print_table(multibatch_compile.add_size(artifact, size, progress=True))
+
+
+@main.command("prune")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.argument("size", type=int)
+def prune_command(artifact: Path, size: int) -> None:
+    """Remove the decoder of batch size SIZE from ARTIFACT."""
+    import multibatch_compile
+
+    changed, warning = multibatch_compile.prune(artifact, size)
+    if warning:
+        _ERR.print(f"warning: {warning}", highlight=False)
+    _print_table(changed)
+
+
+@main.command("inspect")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="The manifest and the derived figures as JSON.")
+def inspect_command(artifact: Path, as_json: bool) -> None:
+    """Show what ARTIFACT holds, what each decoder costs, and what it was built for."""
+    opened = Artifact.open(artifact)
+    if as_json:
+        record = json.loads(opened.manifest.to_json())
+        record["figures"] = [_figures(opened.manifest, p.name) for p in opened.manifest.programs]
+        click.echo(json.dumps(record, indent=2))
+        return
+    _print_table(opened)
+
+
+@main.command("verify")
+@click.argument("artifact", type=click.Path(path_type=Path))
+def verify_command(artifact: Path) -> None:
+    """Re-check the hashes and the canary of ARTIFACT; exit 1 on any mismatch."""
+    import multibatch_compile
+
+    problems = multibatch_compile.verify_artifact(artifact)
+    for problem in problems:
+        _ERR.print(f"[red]mismatch:[/red] {problem}", highlight=False, soft_wrap=True)
+    if problems:
+        sys.exit(1)
+    _OUT.print(f"{artifact}: every file is the one that was built, and the canary gives the same tokens")
+
+
+@main.command("generate")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--prompt", help="Text to continue; streamed as it comes.")
+@click.option("--chat", is_flag=True, help="Take the prompt as a user's message in the model's chat template.")
+@click.option(
+    "--prompts-file",
+    type=click.File("r"),
+    help='JSON lines in and out: {"prompt": …} or {"prompt_token_ids": […]} or {"messages": […]}, and any sampling parameter.',
+)
+@click.option("--max-tokens", default=128, show_default=True)
+@click.option("--temperature", default=0.0, show_default=True)
+@click.option("--top-p", default=1.0, show_default=True)
+@click.option("--top-k", default=0, show_default=True)
+@click.option("--seed", type=int)
+def generate_command(artifact: Path, prompt: str | None, chat: bool, prompts_file: Any, **sampling: Any) -> None:
+    """Generate from ARTIFACT."""
+    from multibatch.llm import LLM
+    from multibatch.sampling_params import SamplingParams
+
+    if (prompt is None) == (prompts_file is None):
+        raise ConfigError("give either --prompt or --prompts-file")
+    llm = LLM(artifact)
+    if prompts_file is not None:
+        _generate_file(llm, prompts_file, sampling)
+        return
+    given: Any = prompt
+    if chat:
+        given = llm.engine.tokenizer.render_chat([{"role": "user", "content": prompt or ""}], None, add_generation_prompt=True)
+    shown = 0
+    for output in llm.stream(given, SamplingParams(**sampling)):
+        text = output.outputs[0].text
+        click.echo(text[shown:], nl=False)
+        shown = len(text)
+    click.echo()
+
+
+def _generate_file(llm: Any, file: Any, sampling: dict[str, Any]) -> None:
+    from multibatch.sampling_params import SamplingParams
+
+    prompts: list[Any] = []
+    params: list[SamplingParams] = []
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            messages = record.pop("messages", None)
+            prompt = {k: record.pop(k) for k in ("prompt", "prompt_token_ids") if k in record}
+            params.append(SamplingParams(**{**sampling, **record}))
+        except (json.JSONDecodeError, AttributeError, TypeError) as error:
+            raise RequestError(f"line {number} of the prompts file: {error}; one JSON object per line") from error
+        if messages is not None:
+            prompt = {"prompt_token_ids": llm.engine.tokenizer.render_chat(messages, None, add_generation_prompt=True)}
+        prompts.append(prompt)
+    for output in llm.generate(prompts, params):
+        first = output.outputs[0]
+        outputs = [{"text": o.text, "token_ids": o.token_ids, "finish_reason": o.finish_reason} for o in output.outputs]
+        click.echo(json.dumps({"request_id": output.request_id, "text": first.text, "outputs": outputs}))
+
+
+@main.command("bench")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--batch", default=8, show_default=True, help="Requests at once.")
+@click.option("--input-len", default=128, show_default=True, help="Random prompt tokens of each.")
+@click.option("--output-len", default=64, show_default=True, help="New tokens of each.")
+@click.option("--repeats", default=5, show_default=True, help="Median of so many; the variants take turns.")
+@click.option("--prompts-file", type=click.File("r"), help='JSON lines: {"prompt": …} or {"prompt_token_ids": […]}.')
+@click.option("--reference/--no-reference", default=True, help="Also time transformers' static generate.")
+def bench_command(artifact: Path, prompts_file: Any, reference: bool, **options: Any) -> None:
+    """Compare the ladder with pad-to-max, batch 1 and transformers' generate; the last line is one JSON."""
+    from multibatch.bench import BenchOptions, run_bench
+
+    opened = Artifact.open(artifact)
+    prompts = ()
+    if prompts_file is not None:
+        from multibatch.tokenizer import Tokenizer
+
+        records = [json.loads(line) for line in prompts_file if line.strip()]
+        tokenizer = Tokenizer(artifact / "tokenizer")
+        prompts = tuple(tuple(r.get("prompt_token_ids") or tokenizer.encode(r["prompt"])) for r in records)
+    model = _reference_model(opened.manifest) if reference else None
+    result = run_bench(opened, BenchOptions(prompts=prompts, **options), model)
+    table = Table(title=f"{result['batch']} requests, {options['output_len']} new tokens each, median of {options['repeats']}")
+    for name in ("variant", "decode tokens/s", "output tokens/s", "mean TTFT s"):
+        table.add_column(name, justify="left" if name == "variant" else "right")
+    names = {"nearest": "ladder", "pad_to_max": "always the largest", "one_by_one": "batch 1", "transformers_generate": "transformers generate"}
+    for name, v in result["variants"].items():
+        figures = (f"{v['decode_tokens_per_s']:.1f}", f"{v['output_tokens_per_s']:.1f}", f"{v['ttft_mean_s']:.3f}")
+        table.add_row(names[name], *figures)
+    _OUT.print(table)
+    click.echo(json.dumps(result))
+
+
+def _reference_model(manifest: Manifest) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    from multibatch.backends.base import DTYPES
+
+    _quiet()
+    return AutoModelForCausalLM.from_pretrained(manifest.model.id, dtype=DTYPES[manifest.model.dtype]).eval()
+
+
+@main.command("demo")
+@click.option("-o", "--output", default=Path("artifacts/demo"), show_default=True, type=click.Path(path_type=Path))
+def demo_command(output: Path) -> None:
+    """Compile the small model that ships with multibatch at sizes 8, 4, 1 and talk to it in waves."""
+    import multibatch_compile
+    from multibatch.demo.waves import run_waves
+    from multibatch.llm import LLM
+
+    _quiet()
+    start = time.perf_counter()
+    model = Path(multibatch.__file__).parent / "demo" / "model"
+    if output.is_dir():
+        _OUT.print(f"{output} is there already: nothing to compile")
+    else:
+        _OUT.print(f"Compiling the demo model into {output}: decoders 8, 4, 1 and prefill programs of 32 and 128 tokens")
+        multibatch_compile.compile_model(
+            model, output, decoder_batch_sizes=[8, 4, 1], max_seq_len=512, prefill_chunk_sizes=[32, 128], progress=True
+        )
+    _print_table(Artifact.open(output))
+    run_waves(LLM(output), _OUT)
+    _OUT.print(f"{time.perf_counter() - start:.1f} s in all. Next: multibatch generate {output} --chat --prompt 'What is 17 + 25?'")
+
+
+def _figures(manifest: Manifest, name: str) -> dict[str, Any]:
+    """What follows from the measurements of one program."""
+    spec = manifest.program(name)
+    rate = share = None
+    if spec.measured_ms:
+        rate = spec.num_tokens / spec.measured_ms * 1000
+        bandwidth = manifest.build.measured_bandwidth_gbps
+        if bandwidth and spec.kind == "decode":
+            share = manifest.model.weight_bytes / (spec.measured_ms * 1e-3) / (bandwidth * 1e9)
+    return {"program": name, "tokens_per_second_at_full": rate, "share_of_bandwidth": share}
+
+
+def _print_table(artifact: Artifact) -> None:
+    manifest = artifact.manifest
+    table = Table(title=f"{artifact.path}")
+    for name in ("program", "ms/step", "tokens/s full", "build s", "bytes", "of bandwidth", "error vs eager", "bits as alone"):
+        table.add_column(name, justify="left" if name == "program" else "right")
+    show: Callable[[Any, str], str] = lambda value, form: "-" if value is None else format(value, form)
+    for spec in manifest.programs:
+        figures = _figures(manifest, spec.name)
+        bits = {None: "-", True: "equal", False: show(spec.max_size_difference, ".2g")}[spec.bit_equal]
+        table.add_row(
+            spec.name,
+            show(spec.measured_ms, ".2f"),
+            show(figures["tokens_per_second_at_full"], ".1f"),
+            show(spec.build_seconds, ".1f"),
+            show(spec.file.bytes if spec.file else None, ",d"),
+            show(figures["share_of_bandwidth"], ".0%"),
+            show(spec.max_abs_error, ".2g"),
+            bits,
+        )
+    _OUT.print(table)
+    build, model = manifest.build, manifest.model
+    lines = [
+        f"model      {model.architecture}, {model.num_parameters:,} parameters, {model.dtype}, from {model.id}",
+        f"limits     max_seq_len {manifest.max_seq_len}, max_num_seqs {manifest.max_num_seqs}, block size {manifest.kv.block_size}",
+        f"weights    {manifest.weights.bytes:,} bytes, shared by all programs",
+        f"built for  {build.device}, {build.cpu_model}, {' '.join(build.isa) or 'any'}",
+        f"built with torch {build.torch_version}, transformers {build.transformers_version}, Python {build.python_version},"
+        f" {build.host_cores} cores reading {build.measured_bandwidth_gbps} GB/s, {build.created_at}",
+    ]
+    _OUT.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+__all__ = ["main"]
