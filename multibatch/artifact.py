@@ -23,9 +23,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Literal, Self
 
-from .errors import ArtifactCorruptError, ArtifactError, ConfigError, IncompatibleError
-from .hardware import missing_isa
-from .manifest import MANIFEST_HASH_NAME, MANIFEST_NAME, FileRecord, Manifest
+from multibatch.errors import ArtifactCorruptError, ArtifactError, ConfigError, IncompatibleError
+from multibatch.hardware import missing_isa
+from multibatch.manifest import MANIFEST_HASH_NAME, MANIFEST_NAME, FileRecord, Manifest
 
 Verify = Literal["sizes", "hashes", "none"]
 

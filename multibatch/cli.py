@@ -7,11 +7,11 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import click
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -207,7 +207,7 @@ def bench_command(artifact: Path, prompts_file: Any, reference: bool, **options:
     from multibatch.bench import BenchOptions, run_bench
 
     opened = Artifact.open(artifact)
-    prompts = ()
+    prompts: tuple[tuple[int, ...], ...] = ()
     if prompts_file is not None:
         from multibatch.tokenizer import Tokenizer
 
@@ -271,28 +271,34 @@ def _figures(manifest: Manifest, name: str) -> dict[str, Any]:
     return {"program": name, "tokens_per_second_at_full": rate, "share_of_bandwidth": share}
 
 
+def _show(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
 def _print_table(artifact: Artifact) -> None:
     manifest = artifact.manifest
-    table = Table(title=f"{artifact.path}")
-    for name in ("program", "ms/step", "tokens/s full", "build s", "bytes", "of bandwidth", "error vs eager", "bits as alone"):
-        table.add_column(name, justify="left" if name == "program" else "right")
-    show: Callable[[Any, str], str] = lambda value, form: "-" if value is None else format(value, form)
+    table = Table(title=f"{artifact.path}", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in ("program", "ms", "tok/s full", "of GB/s", "build s", "MB", "error", "vs alone"):
+        table.add_column(name, justify="left" if name == "program" else "right", no_wrap=True)
     for spec in manifest.programs:
         figures = _figures(manifest, spec.name)
-        bits = {None: "-", True: "equal", False: show(spec.max_size_difference, ".2g")}[spec.bit_equal]
+        bits = {None: "-", True: "equal", False: _show(spec.max_size_difference, ".2g")}[spec.bit_equal]
         table.add_row(
             spec.name,
-            show(spec.measured_ms, ".2f"),
-            show(figures["tokens_per_second_at_full"], ".1f"),
-            show(spec.build_seconds, ".1f"),
-            show(spec.file.bytes if spec.file else None, ",d"),
-            show(figures["share_of_bandwidth"], ".0%"),
-            show(spec.max_abs_error, ".2g"),
+            _show(spec.measured_ms, ".2f"),
+            _show(figures["tokens_per_second_at_full"], ".1f"),
+            _show(figures["share_of_bandwidth"], ".0%"),
+            _show(spec.build_seconds, ".1f"),
+            _show(spec.file.bytes / 1e6 if spec.file else None, ".1f"),
+            _show(spec.max_abs_error, ".2g"),
             bits,
         )
     _OUT.print(table)
     build, model = manifest.build, manifest.model
     lines = [
+        "ms: median step; of GB/s: weight bytes per step over the measured read bandwidth; error: largest difference",
+        "of a logit from the eager reference; vs alone: of a row from the same row run alone, equal: same bits",
+        "",
         f"model      {model.architecture}, {model.num_parameters:,} parameters, {model.dtype}, from {model.id}",
         f"limits     max_seq_len {manifest.max_seq_len}, max_num_seqs {manifest.max_num_seqs}, block size {manifest.kv.block_size}",
         f"weights    {manifest.weights.bytes:,} bytes, shared by all programs",

@@ -1,4 +1,4 @@
-"""What this machine has: processor features, cores and memory, as far as its limits let us use them.
+"""What this machine has: processor features, cores and memory, as far as its limits allow.
 
 Reads /proc and the cgroup files only. `root` is where they are mounted; tests give their own.
 """

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
 
-from .errors import ArtifactCorruptError, ArtifactError, IncompatibleError
+from multibatch.errors import ArtifactCorruptError, ArtifactError, IncompatibleError
 
 SCHEMA_VERSION: Final = 1
 MANIFEST_NAME: Final = "manifest.json"

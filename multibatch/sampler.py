@@ -25,6 +25,8 @@ from multibatch.sampling_params import SamplingParams
 _CHUNK: Final = 128
 """Logits per maximum: `torch.argmax` takes 8 times as long as `amax` over chunks and a search in the best one."""
 _WEIGHT_BITS: Final = 44
+_HEAD: Final = 128
+"""Likeliest tokens that top_p tries first: they nearly always hold its share, and the answer is the same."""
 _MAX_SORTED: Final = 4096
 """Candidates up to this number are sorted as they are; more are first cut down with a histogram."""
 _BINS: Final = 2048
@@ -167,8 +169,11 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     scores = torch.empty(n, -(-vocabulary // _CHUNK) * _CHUNK, device=logits.device)
     scores[:, :vocabulary] = logits
     scores[:, vocabulary:] = -math.inf
-    _penalise(scores, rows)
-    _forbid(scores, rows)
+    for i, row in enumerate(rows):
+        if row.params.needs_history:
+            _penalise(scores[i], row)
+        if row.forbidden_token_ids:
+            scores[i, _known(row.forbidden_token_ids, scores[i])] = -math.inf
     temperatures = [1.0 if row.params.is_greedy else row.params.temperature for row in rows]
     scores /= torch.tensor(temperatures, device=scores.device)[:, None]
     maxima = _chunk_maxima(scores)
@@ -179,48 +184,23 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
     return token_ids
 
 
-def _penalise(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
-    vocabulary = scores.shape[1]
-    seen: list[tuple[int, int, float]] = []
-    counted: list[tuple[int, int, float, float]] = []
-    for i, row in enumerate(rows):
-        p = row.params
-        if p.repetition_penalty != 1.0:
-            ids = {*row.prompt_token_ids, *row.output_token_ids}
-            seen += [(i, t, p.repetition_penalty) for t in _within(ids, vocabulary)]
-        if p.frequency_penalty != 0.0 or p.presence_penalty != 0.0:
-            counts = Counter(row.output_token_ids)
-            known = _within(counts, vocabulary)
-            counted += [(i, t, p.frequency_penalty * counts[t], p.presence_penalty) for t in known]
-    if seen:
-        places, (penalty,) = _columns(seen, scores)
-        found = scores[places]
-        scores[places] = torch.where(found > 0, found / penalty, found * penalty)
-    if counted:
-        places, (frequency, presence) = _columns(counted, scores)
-        scores[places] = scores[places] - frequency - presence
+def _penalise(scores: torch.Tensor, row: SamplingRow) -> None:
+    """Changes the scores [V] of the tokens that `row` has seen."""
+    params, counts = row.params, Counter(row.output_token_ids)
+    if params.repetition_penalty != 1.0:
+        seen = _known({*row.prompt_token_ids, *counts}, scores)
+        found = scores[seen]
+        scores[seen] = torch.where(found > 0, found / params.repetition_penalty, found * params.repetition_penalty)
+    if params.frequency_penalty != 0.0 or params.presence_penalty != 0.0:
+        seen = _known(counts, scores)
+        times = torch.tensor([counts[t] for t in seen.tolist()], dtype=scores.dtype, device=scores.device)
+        scores[seen] = scores[seen] - times * params.frequency_penalty - params.presence_penalty
 
 
-def _forbid(scores: torch.Tensor, rows: Sequence[SamplingRow]) -> None:
-    cells = [(i, t) for i, row in enumerate(rows) for t in _within(set(row.forbidden_token_ids), scores.shape[1])]
-    if cells:
-        places, _ = _columns(cells, scores)
-        scores[places] = -math.inf
-
-
-def _within(token_ids: Iterable[int], vocabulary: int) -> list[int]:
-    """Ids that have a logit, ascending; a placeholder in a prompt, or a stop id beyond them, has none."""
-    return sorted(t for t in token_ids if 0 <= t < vocabulary)
-
-
-def _columns(
-    cells: Sequence[tuple[float, ...]], scores: torch.Tensor
-) -> tuple[tuple[torch.Tensor, torch.Tensor], list[torch.Tensor]]:
-    """Turns (row, id, value...) cells into an index of `scores` and one tensor per value."""
-    row, token_id, *values = zip(*cells, strict=True)
-    index = torch.tensor([row, token_id], dtype=torch.int64, device=scores.device)
-    tensors = [torch.tensor(v, dtype=scores.dtype, device=scores.device) for v in values]
-    return (index[0], index[1]), tensors
+def _known(token_ids: Iterable[int], scores: torch.Tensor) -> torch.Tensor:
+    """Ids that have a score, ascending; a placeholder in a prompt, or a stop id beyond the vocabulary, has none."""
+    known = sorted(t for t in token_ids if 0 <= t < scores.shape[0])
+    return torch.tensor(known, dtype=torch.int64, device=scores.device)
 
 
 def _draw_row(scores: torch.Tensor, maxima: torch.Tensor, row: SamplingRow) -> int:
@@ -231,7 +211,12 @@ def _draw_row(scores: torch.Tensor, maxima: torch.Tensor, row: SamplingRow) -> i
     bits = min(_WEIGHT_BITS, 62 - scores.shape[0].bit_length())  # so that no sum exceeds int64
     weights = (kept - peak).exp_().mul_(2.0**bits).long()
     if params.top_p < 1.0:
-        _cut_nucleus(weights, kept, peak, params.top_p)
+        needed = math.ceil(params.top_p * int(weights.sum()))
+        if token_ids is None:
+            head_ids, head = _likeliest(scores, maxima, _HEAD, -math.inf)
+            if head_ids is not None and int(weights[head_ids].sum()) >= needed:
+                token_ids, kept, weights = head_ids, head, weights[head_ids]
+        _cut_nucleus(weights, kept, peak, needed)
     running = weights.cumsum_(0)
     target = (random_bits(row.seed, row.position) * int(running[-1])) >> 53
     index = torch.searchsorted(running, target, right=True)
@@ -262,13 +247,12 @@ def _likeliest(
     return chunks[chunk] * _CHUNK + place, found[chunk, place]
 
 
-def _cut_nucleus(weights: torch.Tensor, scores: torch.Tensor, peak: torch.Tensor, top_p: float) -> None:
-    """Zeroes the weights beyond the fewest highest scores that reach `top_p` of all; of equals the first ones stay.
+def _cut_nucleus(weights: torch.Tensor, scores: torch.Tensor, peak: torch.Tensor, needed: int) -> None:
+    """Zeroes the weights beyond the fewest highest scores that reach a sum of `needed`; of equals the first ones stay.
 
     Many scores are first put into bins by distance from the peak, so that only the bin in which the sum is reached
     needs to be sorted, never the vocabulary.
     """
-    needed = math.ceil(top_p * int(weights.sum()))
     edge = torch.arange(scores.shape[0], device=scores.device)
     if scores.shape[0] > _MAX_SORTED:
         bins = (peak - scores).mul_(_BINS_PER_NAT).clamp_(max=_BINS - 1).floor_()

@@ -175,13 +175,7 @@ _NOT_BUILT: Final[Mapping[str, tuple[object, str]]] = {
     "trace_decode_token_ids": (None, _WAIT),
 }
 _EMPTY_IS_NONE: Final = ("logit_bias", "extra_args", "bad_words")
-_BOOLS: Final = (
-    "ignore_eos",
-    "detokenize",
-    "skip_special_tokens",
-    "include_stop_str_in_output",
-    "skip_clone",
-)
+_BOOLS: Final = ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output", "skip_clone")
 _INTS: Final[Mapping[str, tuple[int, int | None, bool]]] = {  # lowest, highest, may be None
     "n": (1, _MAX_SEQUENCES, False),
     "top_k": (-1, None, False),
@@ -254,9 +248,7 @@ def _refusal(name: str, got: object, allowed: str, advice: str = "") -> ConfigEr
 
 
 def _refuse_unless_default(name: str, value: object, default: object, advice: str) -> object:
-    if value is default:
-        return default
-    if type(value) is type(default) and value == default:
+    if value is default or (type(value) is type(default) and value == default):
         return default
     if name in _EMPTY_IS_NONE and isinstance(value, (dict, list, tuple)) and not value:
         return default

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -372,13 +372,11 @@ def _prove(
     for spec in manifest.programs:
         if spec.name in names:
             with bars.stage(f"verify {spec.name}"):
-                found: Callable[[], Any] = lambda spec=spec: check_program(manifest, spec, programs, loaded)  # type: ignore[misc]
-                spec = dataclasses.replace(
-                    spec,
-                    **dataclasses.asdict(found()),
-                    measured_ms=round(measure_program(manifest, spec, programs), 4),
-                )
-        proven.append(spec)
+                verdict = dataclasses.asdict(check_program(manifest, spec, programs, loaded))
+                milliseconds = round(measure_program(manifest, spec, programs), 4)
+                proven.append(dataclasses.replace(spec, **verdict, measured_ms=milliseconds))
+        else:
+            proven.append(spec)
     manifest = dataclasses.replace(manifest, programs=tuple(proven))
     with bars.stage("canary"):
         return dataclasses.replace(manifest, canary=record_canary(Artifact(staging.path, manifest), programs))

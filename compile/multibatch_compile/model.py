@@ -206,7 +206,7 @@ def _fingerprint(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
         digest.update(name.encode())
-        digest.update(parameter.detach().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(parameter.detach().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -222,7 +222,7 @@ def _bytes_per_step(model: Any) -> int:
     embedding = model.get_input_embeddings().weight
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     tied = model.get_output_embeddings().weight is embedding
-    return total if tied else total - embedding.numel() * embedding.element_size()
+    return int(total if tied else total - embedding.numel() * embedding.element_size())
 
 
 def pool_of(kv: KVLayout, num_blocks: int, dtype: str) -> KVPool:

@@ -16,9 +16,8 @@ from multibatch.errors import CompileError
 from multibatch.hardware import read_cpu_info
 
 _SOURCES = Path(__file__).parent / "csrc"
-_FLAGS = (
-    "-std=c++20 -O3 -march=native -ffp-contract=fast -fno-math-errno -fPIC -shared -pthread -Wall -Wno-psabi"
-).split()
+_FLAGS = ["-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno"]
+_FLAGS += ["-fPIC", "-shared", "-pthread", "-Wall", "-Wno-psabi"]
 
 
 def operator_library() -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -46,15 +47,15 @@ def check_flattening(loaded: LoadedModel, max_seq_len: int) -> None:
     blocks = list(range(1, blocks_for(length, loaded.kv.block_size) + 1))
     pool = pool_of(loaded.kv, len(blocks) + 1, loaded.info.dtype)
     inputs = prefill_inputs([_chunk(ids, blocks)], length, 1, len(blocks), loaded.kv.block_size)
-    model = loaded.decoder.model
+    model: Any = loaded.decoder.model
     flat = EagerPrograms(loaded.decoder).run("", inputs, pool)[0].float()
     attention = model.config._attn_implementation
     try:
-        model.set_attn_implementation("eager")  # type: ignore[operator]
+        model.set_attn_implementation("eager")
         with torch.inference_mode():
             own = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float()
     finally:
-        model.set_attn_implementation(attention)  # type: ignore[operator]
+        model.set_attn_implementation(attention)
     error = float((flat - own).abs().max())
     allowed = TOLERANCE[loaded.info.dtype] * max(1.0, float(own.abs().max()))
     if not error <= allowed:

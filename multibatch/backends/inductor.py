@@ -52,17 +52,17 @@ class InductorPrograms:
             if spec.file is not None and (wanted is None or spec.name in wanted)
         }
 
-    def _load(self, path: Path) -> torch._C._aoti.AOTIModelPackageLoader:  # type: ignore[name-defined]
+    def _load(self, path: Path) -> torch._C._aoti.AOTIModelPackageLoader:
         # Single-threaded: one call at a time, and no thread of the loader's own.
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)  # type: ignore[attr-defined]
+        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
         names = loader.get_constant_fqns()
         # A program holds the model one level down, as `FlatDecoder.model`.
-        weights = {name: self._weights.get(name.removeprefix("model.")) for name in names}
-        missing = [name for name, weight in weights.items() if weight is None]
+        missing = [name for name in names if name.removeprefix("model.") not in self._weights]
         if missing:
             raise ArtifactCorruptError(
                 f"{path}: asks for {', '.join(missing[:3])}, not in the weights; compile the model again"
             )
+        weights = {name: self._weights[name.removeprefix("model.")] for name in names}
         loader.load_constants(weights, False, True, True)
         return loader
 

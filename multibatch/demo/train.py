@@ -260,7 +260,7 @@ def train(
             group["lr"] = recipe.learning_rate * learning_rate_factor(step, recipe)
         loss = answer_loss(model, *encoder.batch(rng, recipe.batch_tokens))
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         mean_loss += (loss.item() - mean_loss) / (step % 100 + 1)
@@ -277,7 +277,7 @@ def train(
 def save(model: Any, tokenizer: Any, out: Path) -> None:
     """Writes the model in bfloat16, its tokenizer and its generation settings."""
     out.mkdir(parents=True, exist_ok=True)
-    half = Qwen2ForCausalLM(model.config)
+    half: Any = Qwen2ForCausalLM(model.config)
     half.load_state_dict(model.state_dict())
     half = half.to(torch.bfloat16)
     half.config.dtype = torch.bfloat16

@@ -6,6 +6,7 @@ import random
 import statistics
 import time
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -26,9 +27,9 @@ def questions_of(num: int, seed: int) -> list[Question]:
 
 def run_waves(llm: LLM, console: Console) -> None:
     """Sends each wave, prints the answers, then which decoder ran how many steps."""
-    table = Table(title="What ran")
-    for name in ("wave", "program", "calls", "live rows", "padded rows", "TTFT ms", "ms per token", "tokens/s"):
-        table.add_column(name, justify="left" if name == "program" else "right")
+    table = Table(title="What ran", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for name in ("wave", "program", "calls", "live", "padded", "TTFT ms", "ms/token", "tokens/s"):
+        table.add_column(name, justify="left" if name == "program" else "right", no_wrap=True)
     params = SamplingParams(temperature=0.0, max_tokens=96)
     for number, size in enumerate(WAVES):
         questions = questions_of(size, seed=number)
@@ -52,4 +53,4 @@ def run_waves(llm: LLM, console: Console) -> None:
             table.add_row(whole[0], use.program, *counts, *whole[1:])
     console.print()
     console.print(table)
-    console.print("Rows are summed over calls; for a prefill program they are tokens.", style="dim")
+    console.print("live, padded: rows summed over the calls (tokens for a prefill program).", style="dim")

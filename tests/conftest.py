@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Operator libraries stay in the user's cache (30 s to build); artifacts of LLM(model_dir) must not."""
+    torch.set_num_threads(1)
+    yield
+
+
+@pytest.fixture(scope="session")
+def demo_model() -> Path:
+    import multibatch
+
+    return Path(multibatch.__file__).parent / "demo" / "model"
+
+
+@pytest.fixture(scope="session")
+def demo_artifact(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
+    """The demo model in float32 at sizes 8, 4, 1."""
+    from multibatch_compile import compile_model
+
+    target = tmp_path_factory.mktemp("artifacts") / "demo"
+    compile_model(
+        demo_model, target, decoder_batch_sizes=[8, 4, 1], max_seq_len=256, prefill_chunk_sizes=[32], dtype="float32"
+    )
+    return target
+
+
+@pytest.fixture(scope="session")
+def eager_artifact(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
+    """The demo model for the eager backend: quick to make, for tests of everything around programs."""
+    from multibatch_compile import compile_model
+
+    target = tmp_path_factory.mktemp("artifacts") / "eager"
+    compile_model(
+        demo_model,
+        target,
+        decoder_batch_sizes=[4, 1],
+        max_seq_len=128,
+        prefill_chunk_sizes=[16],
+        dtype="float32",
+        backend="eager",
+    )
+    return target
+
+
+@pytest.fixture(scope="session")
+def greedy() -> Callable[[Any, list[int], int], list[int]]:
+    """transformers' own greedy continuation of one prompt, end-of-sequence ignored."""
+
+    def run(model: Any, prompt: list[int], num_tokens: int) -> list[int]:
+        out = model.generate(
+            torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.int64),
+            max_new_tokens=num_tokens,
+            min_new_tokens=num_tokens,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+        ids: list[int] = out[0, len(prompt) :].tolist()
+        return ids
+
+    return run
