@@ -206,12 +206,13 @@ class Staging:
         traceback: TracebackType | None,
     ) -> None:
         is_full = error is not None and _says_no_space(error)
-        needed = max(self.needed_bytes, _tree_bytes(self.path)) if is_full else 0
+        staged = _tree_bytes(self.path) if is_full else 0
         self._cleanup.close()
         if is_full:
             raise ArtifactError(
-                f"{self.target}: the disk got full: more than {needed} bytes needed, "
-                f"{_free_bytes(self.target)} free; free some, or choose a folder on another disk"
+                f"{self.target}: the disk got full after {staged} bytes: more than "
+                f"{max(staged, self.needed_bytes)} needed, {_free_bytes(self.target)} free without "
+                "them; free some, or choose a folder on another disk"
             ) from error
 
     def link(self, source: Path, relative: str) -> None:

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +9,9 @@ import torch
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Operator libraries stay in the user's cache (30 s to build); artifacts of LLM(model_dir) must not."""
+def _one_torch_thread() -> None:
+    """Other tests may run beside this one, and OpenMP with as many threads as cores collapses then."""
     torch.set_num_threads(1)
-    yield
 
 
 @pytest.fixture(scope="session")

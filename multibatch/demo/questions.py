@@ -103,7 +103,8 @@ def is_held_out(question: Question) -> bool:
     The choice is a stable hash, the same in every process and on every machine. Questions that
     are computed from numbers or letters are split by these operands, so no phrasing of a held-out
     sum, in either order of its terms, is ever trained. Facts from a table are split by their
-    text: a held-out one is trained in its other phrasings only.
+    text: a held-out one is trained in its other phrasings only. The one-digit sums and
+    differences are such a table.
     """
     key = question.text
     if question.kind in _COMPUTED_KINDS:
@@ -265,28 +266,45 @@ def _letter_range() -> _Pairs:
             yield from _phrase(templates, answer, a=letters[0], b=letters[-1])
 
 
+_SUM_TEMPLATES = (
+    "What is {a} + {b}?",
+    "What is {a} plus {b}?",
+    "How much is {a} + {b}?",
+    "Add {a} and {b}.",
+)
+_DIFFERENCE_TEMPLATES = (
+    "What is {a} - {b}?",
+    "What is {a} minus {b}?",
+    "How much is {a} - {b}?",
+    "Subtract {b} from {a}.",
+)
+
+
+# One-digit sums and differences are kinds of their own: among all the numbers up to 99 they
+# would be drawn so rarely that the simplest questions would get the worst answers.
+def _digit_sum() -> _Pairs:
+    for a in range(10):
+        for b in range(10):
+            yield from _phrase(_SUM_TEMPLATES, f"{a} + {b} = {a + b}.", a=a, b=b)
+
+
 def _sum() -> _Pairs:
-    templates = (
-        "What is {a} + {b}?",
-        "What is {a} plus {b}?",
-        "How much is {a} + {b}?",
-        "Add {a} and {b}.",
-    )
     for a in range(100):
         for b in range(100):
-            yield from _phrase(templates, f"{a} + {b} = {a + b}.", a=a, b=b)
+            if max(a, b) >= 10:
+                yield from _phrase(_SUM_TEMPLATES, f"{a} + {b} = {a + b}.", a=a, b=b)
+
+
+def _digit_difference() -> _Pairs:
+    for a in range(10):
+        for b in range(a + 1):
+            yield from _phrase(_DIFFERENCE_TEMPLATES, f"{a} - {b} = {a - b}.", a=a, b=b)
 
 
 def _difference() -> _Pairs:
-    templates = (
-        "What is {a} - {b}?",
-        "What is {a} minus {b}?",
-        "How much is {a} - {b}?",
-        "Subtract {b} from {a}.",
-    )
-    for a in range(100):
+    for a in range(10, 100):
         for b in range(a + 1):
-            yield from _phrase(templates, f"{a} - {b} = {a - b}.", a=a, b=b)
+            yield from _phrase(_DIFFERENCE_TEMPLATES, f"{a} - {b} = {a - b}.", a=a, b=b)
 
 
 def _compare(choose: Callable[[int, int], int], words: tuple[str, str]) -> _Pairs:
@@ -320,8 +338,8 @@ def _parity() -> _Pairs:
 
 
 def _counting(templates: tuple[str, ...], step: int) -> _Pairs:
-    for low in range(60):
-        for high in range(low + 1, low + 16):
+    for low in range(99):
+        for high in range(low + 1, min(low + 15, 99) + 1):
             numbers = range(low, high + 1)[::step]
             answer = ", ".join(map(str, numbers)) + "."
             yield from _phrase(templates, answer, a=numbers[0], b=numbers[-1])
@@ -329,7 +347,11 @@ def _counting(templates: tuple[str, ...], step: int) -> _Pairs:
 
 def _count_up() -> _Pairs:
     return _counting(
-        ("Count from {a} to {b}.", "Count up from {a} to {b}.", "List the numbers from {a} to {b}."),
+        (
+            "Count from {a} to {b}.",
+            "Count up from {a} to {b}.",
+            "List the numbers from {a} to {b}.",
+        ),
         1,
     )
 
@@ -400,19 +422,21 @@ def _greeting() -> _Pairs:
 
 
 # How to list a kind's questions, and how often to draw the kind. Sums and differences have by
-# far the most distinct answers to learn, so they are drawn most often.
+# far the most distinct answers to learn, and where a count ends is hard to learn as well.
 _BUILDERS: dict[str, tuple[Callable[[], _Pairs], float]] = {
     "sum": (_sum, 6.0),
-    "difference": (_difference, 6.0),
-    "larger": (_larger, 1.5),
-    "smaller": (_smaller, 1.5),
+    "difference": (_difference, 5.0),
+    "digit_sum": (_digit_sum, 0.8),
+    "digit_difference": (_digit_difference, 0.6),
+    "larger": (_larger, 1.0),
+    "smaller": (_smaller, 1.0),
     "parity": (_parity, 0.5),
-    "count_up": (_count_up, 1.0),
-    "count_down": (_count_down, 1.0),
+    "count_up": (_count_up, 3.5),
+    "count_down": (_count_down, 3.0),
     "letter_at": (_letter_at, 1.0),
     "letter_after": (_letter_after, 0.6),
     "letter_before": (_letter_before, 0.6),
-    "letter_range": (_letter_range, 1.0),
+    "letter_range": (_letter_range, 2.0),
     "word_length": (_word_length, 1.0),
     "spell": (_spell, 1.0),
     "repeat": (_repeat, 1.0),
@@ -433,8 +457,14 @@ _WEIGHTS = tuple(weight for _, weight in _BUILDERS.values())
 
 _COMPUTED_KINDS = frozenset(
     {
-        "sum", "difference", "larger", "smaller", "parity",
-        "count_up", "count_down", "letter_range",
+        "sum",
+        "difference",
+        "larger",
+        "smaller",
+        "parity",
+        "count_up",
+        "count_down",
+        "letter_range",
     }  # fmt: skip
 )
 
@@ -454,11 +484,17 @@ SHOWCASE: tuple[Question, ...] = (
     Question("sum", "What is 17 + 25?", "17 + 25 = 42."),
     Question("count_up", "Count from 3 to 9.", "3, 4, 5, 6, 7, 8, 9."),
     Question("larger", "Which is larger, 41 or 17?", "41"),
-    Question("word_length", "How many letters are in the word lemon?", "The word lemon has 5 letters."),
+    Question(
+        "word_length", "How many letters are in the word lemon?", "The word lemon has 5 letters."
+    ),
     Question("capital", "What is the capital of France?", "Paris"),
     Question("spell", "Spell the word elephant.", "E-L-E-P-H-A-N-T"),
     Question("day_after", "Which day comes after Monday?", "Tuesday"),
-    Question("count_down", "Count down from 20 to 8.", "20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8."),
+    Question(
+        "count_down",
+        "Count down from 20 to 8.",
+        "20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8.",
+    ),
     Question("difference", "What is 93 minus 58?", "93 - 58 = 35."),
     Question("plural", "What is the plural of mouse?", "The plural of mouse is mice."),
     Question("letter_after", "Which letter comes after D?", "E"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,16 @@ from typing import Any
 
 import click
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
@@ -25,6 +35,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from transformers.utils import logging
 
 from multibatch.demo.questions import (
     KINDS,
@@ -62,7 +73,7 @@ _SPLIT = (
 
 # The lengths that training conversations are filled up to, and how often each is used. A turn
 # takes about 30 tokens, so a row holds two to twelve turns, and its first turn has no history.
-_ROW_LENGTHS = (96, 160, 320)
+_ROW_LENGTHS = (128, 192, 384)
 _ROW_LENGTH_WEIGHTS = (6.0, 3.0, 1.0)
 
 
@@ -161,9 +172,7 @@ class ConversationEncoder:
         ids: list[int] = []
         labels: list[int] = []
         for turn in turns:
-            prompt = self._ids(
-                f"{TURN_START}user\n{turn.text}{TURN_END}\n{TURN_START}assistant\n"
-            )
+            prompt = self._ids(f"{TURN_START}user\n{turn.text}{TURN_END}\n{TURN_START}assistant\n")
             answer = self._ids(f"{turn.answer}{TURN_END}")
             newline = self._ids("\n")
             ids += prompt + answer + newline
@@ -289,6 +298,9 @@ def save(model: Any, tokenizer: Any, out: Path) -> None:
     )
     half.save_pretrained(out)
     tokenizer.save_pretrained(out)
+    for file in out.iterdir():
+        # Weights are written readable by their owner only, and a package would ship them so.
+        file.chmod(0o644)
 
 
 @torch.inference_mode()
@@ -304,18 +316,26 @@ def reply_to(
         batch: The number of conversations that are generated at once.
     """
     # Neighbours of one length waste the least padding.
-    order = sorted(range(len(conversations)), key=lambda i: sum(len(q.text) + len(q.answer) for q in conversations[i]))
+    order = sorted(
+        range(len(conversations)),
+        key=lambda i: sum(len(q.text) + len(q.answer) for q in conversations[i]),
+    )
     replies = [""] * len(conversations)
     for start in range(0, len(order), batch):
         chosen = order[start : start + batch]
         prompts = [_prompt(tokenizer, conversations[i]) for i in chosen]
         inputs = tokenizer(
-            prompts, return_tensors="pt", padding=True, padding_side="left",
+            prompts,
+            return_tensors="pt",
+            padding=True,
+            padding_side="left",
             add_special_tokens=False,
         )
         output = model.generate(
-            input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"],
-            do_sample=False, max_new_tokens=128,
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            do_sample=False,
+            max_new_tokens=128,
         )
         width = inputs["input_ids"].shape[1]
         texts = tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
@@ -348,7 +368,7 @@ def evaluation_sets(seed: int, limit: int) -> dict[str, list[list[Question]]]:
         questions = held_out_questions(kind)
         chosen = rng.sample(questions, min(limit, len(questions)))
         sets[kind] = [[question] for question in chosen]
-    small = [kind for kind in KINDS if len(training_questions(kind)) < 200]
+    small = [kind for kind in KINDS if len(training_questions(kind)) < 400]
     sets["all facts"] = [
         [question]
         for kind in small
@@ -387,7 +407,11 @@ def report(out: Path, seed: int, limit: int) -> None:
         model = AutoModelForCausalLM.from_pretrained(out, dtype=dtype).eval()
         scores, wrong = evaluate(model, tokenizer, sets)
         columns.append(scores)
-        for question, reply in wrong[:20]:
+        shown: Counter[str] = Counter()
+        for question, reply in wrong:
+            shown[question.kind] += 1
+            if shown[question.kind] > 5:
+                continue
             click.echo(f"wrong in {dtype}: {question.text!r} got {reply!r}")
     click.echo(f"{'set':14s} {'questions':>9s} {'float32':>9s} {'bfloat16':>9s}")
     for name, conversations in sets.items():
@@ -402,20 +426,37 @@ def report(out: Path, seed: int, limit: int) -> None:
     default=DEFAULT_OUT,
     help="Folder to write; by default the one inside the package.",
 )
-@click.option("--steps", type=click.IntRange(min=1), default=6000, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=3500, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--batch-tokens", type=click.IntRange(min=512), default=4096, show_default=True)
-@click.option("--questions", type=click.IntRange(min=1), default=400, show_default=True,
-              help="At most this many held-out questions per kind in the evaluation.")
-@click.option("--checkpoint-seconds", type=click.FloatRange(min=1.0), default=60.0,
-              show_default=True)
+@click.option(
+    "--questions",
+    type=click.IntRange(min=1),
+    default=100,
+    show_default=True,
+    help="At most this many held-out questions per kind in the evaluation.",
+)
+@click.option("--evaluate-only", is_flag=True, help="Only judge the model already in --out.")
+@click.option(
+    "--checkpoint-seconds", type=click.FloatRange(min=1.0), default=60.0, show_default=True
+)
 def main(
-    out: Path, steps: int, threads: int, seed: int, batch_tokens: int, questions: int,
+    out: Path,
+    steps: int,
+    threads: int,
+    seed: int,
+    batch_tokens: int,
+    questions: int,
     checkpoint_seconds: float,
+    evaluate_only: bool,
 ) -> None:
     """Trains the demo model, saves it and prints its share of right answers."""
     torch.set_num_threads(threads)
+    logging.disable_progress_bar()
+    if evaluate_only:
+        report(out, seed, questions)
+        return
     tokenizer = build_tokenizer(seed)
     model = build_model(tokenizer, seed)
     count = sum(parameter.numel() for parameter in model.parameters())

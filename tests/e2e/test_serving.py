@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import shutil
 from collections.abc import Callable
@@ -108,7 +109,7 @@ def test_prompt_forms_and_order(llm: LLM) -> None:
 def test_streaming_gives_the_same_text(llm: LLM) -> None:
     texts = [o.outputs[0].text for o in llm.stream("What is", GREEDY)]
     assert texts[-1] == llm.generate("What is", GREEDY, use_tqdm=False)[0].outputs[0].text
-    assert all(later.startswith(earlier) for earlier, later in zip(texts, texts[1:], strict=False))
+    assert all(later.startswith(earlier) for earlier, later in itertools.pairwise(texts))
 
 
 @pytest.mark.parametrize(

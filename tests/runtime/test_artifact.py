@@ -387,10 +387,10 @@ class TestDiskSpace:
     def test_a_disk_that_gets_full_is_told_with_figures(
         self, built: Path, error: Exception
     ) -> None:
-        with pytest.raises(ArtifactError, match=r"more than \d+ bytes needed, \d+ free") as caught:
+        with pytest.raises(ArtifactError, match=r"more than \d+ needed, \d+ free") as caught:
             stage(built, raising(error), overwrite=True)
         staged = sum(x.bytes for x in Artifact.open(built).manifest.all_files)
-        assert f"more than {staged} bytes needed" in str(caught.value)
+        assert f"full after {staged} bytes: more than {staged} needed" in str(caught.value)
         assert caught.value.__cause__ is error
         assert os.listdir(built.parent) == [built.name]
         assert content(built) == "one"

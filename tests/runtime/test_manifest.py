@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import re
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from multibatch.manifest import (
     prefill_name,
 )
 
+README = Path(__file__).parents[2] / "artifacts" / "README.md"
 GOLDEN = Path(__file__).parent / "data" / f"manifest_v{SCHEMA_VERSION}.json"
 SHA = "0123456789abcdef" * 4
 
@@ -116,6 +118,26 @@ def test_the_golden_file_is_what_this_version_writes() -> None:
     assert SCHEMA_VERSION == 1
     assert example().to_json() == GOLDEN.read_text(encoding="utf-8")
     assert Manifest.from_json(GOLDEN.read_text(encoding="utf-8")) == example()
+
+
+@pytest.mark.parametrize(
+    ("row", "kind"),
+    [
+        ("the manifest", Manifest),
+        ("model", ModelInfo),
+        ("build", BuildInfo),
+        ("kv", KVLayout),
+        ("kv.layers", KVLayer),
+        ("programs", ProgramSpec),
+        ("inputs, outputs", TensorSpec),
+        ("a file", FileRecord),
+        ("canary", Canary),
+    ],
+)
+def test_the_specification_names_every_field(row: str, kind: type[Any]) -> None:
+    text = README.read_text(encoding="utf-8")
+    (line,) = [x for x in text.splitlines() if x.startswith(f"| {row} |")]
+    assert re.findall(r"`(\w+)`", line) == [x.name for x in fields(kind)]
 
 
 names = st.text(min_size=1, max_size=8)
