@@ -19,6 +19,8 @@ from multibatch.request import Request, Sequence, random_bits
 from multibatch.sampler import Sampler, SamplingRow
 from multibatch.sampling_params import SamplingParams
 
+TOKENS = st.lists(st.integers(0, 19), max_size=12)
+
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
@@ -100,6 +102,13 @@ def test_the_draw_is_the_inverse_of_the_running_sum() -> None:
         assert draw(logits[None], make_row(3, position)) == [int(torch.searchsorted(running, uniform, right=True))]
 
 
+@pytest.mark.parametrize(("bits", "expected"), [(0, 1), (2**52, 2**18), (2**53 - 1, 2**19 - 2)])
+def test_the_ends_of_the_random_numbers(bits: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("multibatch.sampler.random_bits", lambda seed, position: bits)
+    logits = torch.zeros(1, 2**19)  # as many equal weights as come closest to the largest int64
+    assert draw(logits, make_row(forbidden_token_ids=(0, 2**19 - 1))) == [expected]
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     st.integers(0, 10**6), st.integers(1, 12), st.sampled_from([1.0, 0.95, 0.6, 0.2]), st.sampled_from([0, 0.03, 0.4])
@@ -142,10 +151,8 @@ def test_equal_logits_are_cut_by_one_rule(vocabulary: int) -> None:
 
 def test_top_k_1_and_a_tiny_top_p_are_greedy() -> None:
     logits = random_logits(8, 1000)
-    expected = logits.argmax(-1).tolist()
-    assert draw(logits, *[make_row(i, top_k=1) for i in range(8)]) == expected
-    assert draw(logits, *[make_row(i, top_p=1e-9) for i in range(8)]) == expected
-    assert draw(logits, *[make_row(i, min_p=1.0) for i in range(8)]) == expected
+    for options in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
+        assert draw(logits, *[make_row(i, **options) for i in range(8)]) == logits.argmax(-1).tolist()
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -212,11 +219,8 @@ def naive_penalties(logits: list[float], row: SamplingRow) -> list[float]:
     return scores
 
 
-TOKENS = st.lists(st.integers(0, 19), max_size=12)
-
-
 @settings(max_examples=100, deadline=None)
-@given(st.integers(0, 10**6), TOKENS, TOKENS, st.floats(-2, 2), st.floats(-2, 2), st.floats(0.5, 2))
+@given(st.integers(0, 10**6), TOKENS, TOKENS, *[st.floats(-2, 2)] * 2, st.floats(0.5, 2))
 def test_penalties_are_those_of_the_plain_formula(
     seed: int, prompt: list[int], output: list[int], presence: float, frequency: float, repetition: float
 ) -> None:
@@ -231,9 +235,12 @@ def test_penalties_are_those_of_the_plain_formula(
     assert scores[drawn] >= sorted(scores)[-5] - 1e-4
 
 
-def test_a_penalty_ignores_ids_that_have_no_logit() -> None:
-    row = make_row(temperature=0, repetition_penalty=2.0, prompt_token_ids=(0, 99, -1), output_token_ids=[7])
-    assert draw(torch.tensor([[3.0, 2.0, 1.0]]), row) == [1]
+def test_frequency_counts_and_ids_that_have_no_logit_are_ignored() -> None:
+    logits = torch.arange(128.0)[None] / 128
+    seen: dict[str, Any] = {"temperature": 0, "prompt_token_ids": (999, -1), "output_token_ids": [127] * 3 + [500]}
+    assert draw(logits, make_row(**seen, presence_penalty=0.007)) == [127]
+    assert draw(logits, make_row(**seen, frequency_penalty=0.007)) == [126]
+    assert draw(logits, make_row(**seen | {"output_token_ids": []}, repetition_penalty=2.0)) == [127]
 
 
 @pytest.mark.parametrize("options", [{"temperature": 0}, {"top_k": 2}, {}, {"top_p": 0.9}])
