@@ -9,16 +9,21 @@ import random
 import resource
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from multibatch.artifact import Artifact
+from multibatch.backends.eager import EagerPrograms
+from multibatch.backends.flat_model import REFERENCE_ATTENTION, FlatDecoder
 from multibatch.config import EngineConfig
 from multibatch.engine import Engine, load_programs
 from multibatch.hardware import read_cpu_info, usable_cores
-from multibatch.metrics import summarise
+from multibatch.manifest import Manifest
+from multibatch.metrics import ProgramUse, summarise
+from multibatch.roofline import decode_bytes, measure_bandwidth
 from multibatch.sampling_params import SamplingParams
 
 
@@ -45,28 +50,25 @@ def run_bench(artifact: Artifact, options: BenchOptions, reference: Any = None) 
     Args:
         artifact: what to measure.
         options: the load.
-        reference: a loaded transformers model whose static `generate` is timed on the same prompts, or None.
+        reference: the model in transformers, for two more variants: our engine over it, uncompiled ("eager"), and its
+            own static `generate`. Or None.
 
     Returns:
         A JSON-ready record with hardware and versions.
     """
     prompts = _prompts(artifact, options)
-    programs = load_programs(artifact)
-    policies = ["nearest", "pad_to_max"]
-    if 1 in artifact.manifest.decoder_batch_sizes:
-        policies.append("one_by_one")
-    engines = {p: Engine(artifact, EngineConfig(selector_policy=p), programs) for p in policies}
-    runs: dict[str, list[dict[str, float]]] = {p: [] for p in policies}
-    if reference is not None:
-        runs["transformers_generate"] = []
-    _serve(engines["nearest"], prompts, 2)
+    variants = _variants(artifact, prompts, options.output_len, reference)
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
+    bandwidths: list[float] = []
     for _ in range(options.repeats):
-        for policy, engine in engines.items():
-            runs[policy].append(_serve(engine, prompts, options.output_len))
-        if reference is not None:
-            runs["transformers_generate"].append(_generate(reference, prompts, options.output_len))
-    variants = {name: _median(results) for name, results in runs.items()}
-    used = summarise(engines["nearest"].runner.records)
+        bandwidths.append(measure_bandwidth())
+        for name, run in variants.items():
+            runs[name].append(run())
+    ladder = variants["ladder"]
+    assert isinstance(ladder, _Serve)
+    limit = _limit(artifact.manifest, [len(p) + options.output_len // 2 for p in prompts], max(bandwidths))
+    medians = {name: _median(results, limit) for name, results in runs.items()}
+    rate = medians["ladder"]["decode_tokens_per_s"]
     return {
         "model": artifact.manifest.model.id,
         "architecture": artifact.manifest.model.architecture,
@@ -76,20 +78,81 @@ def run_bench(artifact: Artifact, options: BenchOptions, reference: Any = None) 
         "input_len": [len(p) for p in prompts] if options.prompts else options.input_len,
         "output_len": options.output_len,
         "repeats": options.repeats,
-        "variants": variants,
-        "ladder_over_generate": _ratio(variants, "transformers_generate"),
-        "ladder_over_pad_to_max": _ratio(variants, "pad_to_max"),
-        "ladder_over_one_by_one": _ratio(variants, "one_by_one"),
-        "programs": [dataclasses.asdict(use) for use in used],
+        "variants": medians,
+        "ladder_over": {
+            name: round(rate / v["decode_tokens_per_s"], 3) for name, v in medians.items() if name != "ladder"
+        },
+        "programs": [_use(artifact.manifest, use, max(bandwidths)) for use in summarise(ladder.engine.runner.records)],
         "weight_bytes_per_step": artifact.manifest.model.weight_bytes,
-        "bandwidth_gbps_at_build": artifact.manifest.build.measured_bandwidth_gbps,
+        "bandwidth_gbps": {"best": round(max(bandwidths), 1), "worst": round(min(bandwidths), 1)},
+        "limit_decode_tokens_per_s": round(limit, 1),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "cpu": read_cpu_info().model_name,
         "cores": usable_cores(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "other_load": round(os.getloadavg()[0], 2),
+        "multibatch": version("multibatch"),
+        "load_average": round(os.getloadavg()[0], 2),
     }
+
+
+def _variants(
+    artifact: Artifact, prompts: list[tuple[int, ...]], output_len: int, reference: Any
+) -> dict[str, Callable[[], dict[str, float]]]:
+    programs = load_programs(artifact)
+    policies = {"ladder": "nearest", "pad_to_max": "pad_to_max"}
+    if 1 in artifact.manifest.decoder_batch_sizes:
+        policies["batch_1"] = "one_by_one"
+    served = {
+        name: _Serve(Engine(artifact, EngineConfig(selector_policy=policy), programs), prompts, output_len)
+        for name, policy in policies.items()
+    }
+    # The first run touches every page of the weights and of the pool; no variant should pay for that alone.
+    for run in served.values():
+        _serve(run.engine, prompts, 2)
+        run.engine.runner.records.clear()
+    variants: dict[str, Callable[[], dict[str, float]]] = dict(served)
+    if reference is not None:
+        own_attention = reference.config._attn_implementation
+        eager = EagerPrograms(FlatDecoder(reference, REFERENCE_ATTENTION))
+        engine = Engine(artifact, EngineConfig(), eager)
+
+        def run_eager() -> dict[str, float]:
+            reference.set_attn_implementation(REFERENCE_ATTENTION)
+            return _serve(engine, prompts, output_len)
+
+        def run_generate() -> dict[str, float]:
+            reference.set_attn_implementation(own_attention)
+            return _generate(reference, prompts, output_len)
+
+        variants |= {"eager": run_eager, "transformers_generate": run_generate}
+    return variants
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Serve:
+    """One variant that our engine serves."""
+
+    engine: Engine
+    prompts: Sequence[Sequence[int]]
+    output_len: int
+
+    def __call__(self) -> dict[str, float]:
+        return _serve(self.engine, self.prompts, self.output_len)
+
+
+def _limit(manifest: Manifest, context_lens: list[int], bandwidth_gbps: float) -> float:
+    """Decode tokens/s if a step took no longer than reading its bytes."""
+    return len(context_lens) * bandwidth_gbps * 1e9 / decode_bytes(manifest, context_lens)
+
+
+def _use(manifest: Manifest, use: ProgramUse, bandwidth_gbps: float) -> dict[str, Any]:
+    """One program's calls, and the share of the bandwidth that reading the weights took in them."""
+    record = dataclasses.asdict(use)
+    if manifest.program(use.program).kind == "decode":
+        seconds = manifest.model.weight_bytes / (bandwidth_gbps * 1e9)
+        record["share_of_bandwidth"] = round(seconds / (use.ms / use.num_calls / 1000), 3)
+    return record
 
 
 def _prompts(artifact: Artifact, options: BenchOptions) -> list[tuple[int, ...]]:
@@ -146,11 +209,6 @@ def _generate(model: Any, prompts: Sequence[Sequence[int]], output_len: int) -> 
     }
 
 
-def _median(results: Sequence[dict[str, float]]) -> dict[str, float]:
-    return {key: round(statistics.median(r[key] for r in results), 4) for key in results[0]}
-
-
-def _ratio(variants: dict[str, dict[str, float]], baseline: str) -> float | None:
-    if baseline not in variants:
-        return None
-    return round(variants["nearest"]["decode_tokens_per_s"] / variants[baseline]["decode_tokens_per_s"], 3)
+def _median(results: Sequence[dict[str, float]], limit: float) -> dict[str, float]:
+    medians = {key: round(statistics.median(r[key] for r in results), 4) for key in results[0]}
+    return {**medians, "share_of_limit": round(medians["decode_tokens_per_s"] / limit, 3)}

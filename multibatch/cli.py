@@ -161,7 +161,9 @@ def generate_command(artifact: Path, prompt: str | None, chat: bool, prompts_fil
         return
     given: Any = prompt
     if chat:
-        given = llm.engine.tokenizer.render_chat([{"role": "user", "content": prompt or ""}], None, add_generation_prompt=True)
+        given = llm.engine.tokenizer.render_chat(
+            [{"role": "user", "content": prompt or ""}], None, add_generation_prompt=True
+        )
     shown = 0
     for output in llm.stream(given, SamplingParams(**sampling)):
         text = output.outputs[0].text
@@ -201,9 +203,11 @@ def _generate_file(llm: Any, file: Any, sampling: dict[str, Any]) -> None:
 @click.option("--output-len", default=64, show_default=True, help="New tokens of each.")
 @click.option("--repeats", default=5, show_default=True, help="Median of so many; the variants take turns.")
 @click.option("--prompts-file", type=click.File("r"), help='JSON lines: {"prompt": …} or {"prompt_token_ids": […]}.')
-@click.option("--reference/--no-reference", default=True, help="Also time transformers' static generate.")
+@click.option(
+    "--reference/--no-reference", default=True, help="Also time the eager reference and transformers' generate."
+)
 def bench_command(artifact: Path, prompts_file: Any, reference: bool, **options: Any) -> None:
-    """Compare the ladder with pad-to-max, batch 1 and transformers' generate; the last line is one JSON."""
+    """Compare the ladder with pad-to-max, batch 1, the eager reference and transformers' generate; the last line is one JSON."""
     from multibatch.bench import BenchOptions, run_bench
 
     opened = Artifact.open(artifact)
@@ -216,14 +220,32 @@ def bench_command(artifact: Path, prompts_file: Any, reference: bool, **options:
         prompts = tuple(tuple(r.get("prompt_token_ids") or tokenizer.encode(r["prompt"])) for r in records)
     model = _reference_model(opened.manifest) if reference else None
     result = run_bench(opened, BenchOptions(prompts=prompts, **options), model)
-    table = Table(title=f"{result['batch']} requests, {options['output_len']} new tokens each, median of {options['repeats']}")
-    for name in ("variant", "decode tokens/s", "output tokens/s", "mean TTFT s"):
+    table = Table(
+        title=f"{result['batch']} requests, {options['output_len']} new tokens each, median of {options['repeats']}"
+    )
+    for name in ("variant", "decode tokens/s", "of the limit", "output tokens/s", "mean TTFT s", "ladder is"):
         table.add_column(name, justify="left" if name == "variant" else "right")
-    names = {"nearest": "ladder", "pad_to_max": "always the largest", "one_by_one": "batch 1", "transformers_generate": "transformers generate"}
+    names = {
+        "pad_to_max": "always the largest",
+        "batch_1": "batch 1",
+        "eager": "eager reference",
+        "transformers_generate": "transformers generate",
+    }
     for name, v in result["variants"].items():
-        figures = (f"{v['decode_tokens_per_s']:.1f}", f"{v['output_tokens_per_s']:.1f}", f"{v['ttft_mean_s']:.3f}")
-        table.add_row(names[name], *figures)
+        ratio = result["ladder_over"].get(name)
+        figures = (
+            f"{v['decode_tokens_per_s']:.1f}",
+            f"{v['share_of_limit']:.0%}",
+            f"{v['output_tokens_per_s']:.1f}",
+            f"{v['ttft_mean_s']:.3f}",
+        )
+        table.add_row(names.get(name, name), *figures, "" if ratio is None else f"{ratio:.2f} x")
     _OUT.print(table)
+    _OUT.print(
+        f"limit: {result['limit_decode_tokens_per_s']} decode tokens/s, the bytes of a step (weights and KV) over the"
+        f" {result['bandwidth_gbps']['best']} GB/s read in this run",
+        highlight=False,
+    )
     click.echo(json.dumps(result))
 
 
@@ -250,13 +272,17 @@ def demo_command(output: Path) -> None:
     if output.is_dir():
         _OUT.print(f"{output} is there already: nothing to compile")
     else:
-        _OUT.print(f"Compiling the demo model into {output}: decoders 8, 4, 1 and prefill programs of 32 and 128 tokens")
+        _OUT.print(
+            f"Compiling the demo model into {output}: decoders 8, 4, 1 and prefill programs of 32 and 128 tokens"
+        )
         multibatch_compile.compile_model(
             model, output, decoder_batch_sizes=[8, 4, 1], max_seq_len=512, prefill_chunk_sizes=[32, 128], progress=True
         )
     _print_table(Artifact.open(output))
     run_waves(LLM(output), _OUT)
-    _OUT.print(f"{time.perf_counter() - start:.1f} s in all. Next: multibatch generate {output} --chat --prompt 'What is 17 + 25?'")
+    _OUT.print(
+        f"{time.perf_counter() - start:.1f} s in all. Next: multibatch generate {output} --chat --prompt 'What is 17 + 25?'"
+    )
 
 
 def _figures(manifest: Manifest, name: str) -> dict[str, Any]:

@@ -40,11 +40,12 @@ from multibatch.manifest import (
     decoder_name,
     prefill_name,
 )
+from multibatch.roofline import measure_bandwidth
 from multibatch.sampling_params import SamplingParams
 
 from .config import CompileConfig, make_config
 from .export import ProgramShape, input_specs
-from .measure import measure_bandwidth, measure_program
+from .measure import measure_program
 from .model import LoadedModel, load_model, write_weights
 from .operators import operator_library
 from .progress import Progress
@@ -131,7 +132,9 @@ def add_size(artifact: str | os.PathLike[str], size: int, *, jobs: int = 1, prog
         manifest = old.manifest
         DecoderLadder(manifest.decoder_batch_sizes).with_size(size)
         with bars.stage("load the model"):
-            loaded = load_model(manifest.model.id, manifest.model.dtype, manifest.kv.block_size, manifest.model.revision)
+            loaded = load_model(
+                manifest.model.id, manifest.model.dtype, manifest.kv.block_size, manifest.model.revision
+            )
             if loaded.info.weights_sha256 != manifest.model.weights_sha256:
                 raise CompileError(
                     f"{manifest.model.id} has other weights than the artifact was compiled from; compile it again"
@@ -195,7 +198,9 @@ def _stage_model(staging: Staging, loaded: LoadedModel, config: CompileConfig, s
     kv, info, backend = loaded.kv, loaded.info, config.backend
     programs = [_decode_spec(size, config.max_seq_len, kv, info, backend) for size in config.ladder.sizes]
     rows = config.prefill_rows
-    programs += [_prefill_spec(size, rows, config.max_seq_len, kv, info, backend) for size in config.prefill_chunk_sizes]
+    programs += [
+        _prefill_spec(size, rows, config.max_seq_len, kv, info, backend) for size in config.prefill_chunk_sizes
+    ]
     known = {_WEIGHTS, _OPERATORS}
     others = [p.relative_to(staging.path).as_posix() for p in sorted(staging.path.rglob("*")) if p.is_file()]
     return Manifest(
@@ -225,13 +230,21 @@ def _save_tokenizer(source: str, folder: Path) -> None:
 
 
 def _decode_spec(size: int, max_seq_len: int, kv: KVLayout, info: ModelInfo, backend: str) -> ProgramSpec:
-    return _spec(ProgramShape(decoder_name(size), "decode", size, size, blocks_for(max_seq_len, kv.block_size)), kv, info, backend)
+    return _spec(
+        ProgramShape(decoder_name(size), "decode", size, size, blocks_for(max_seq_len, kv.block_size)),
+        kv,
+        info,
+        backend,
+    )
 
 
-def _prefill_spec(
-    size: int, rows: int, max_seq_len: int, kv: KVLayout, info: ModelInfo, backend: str
-) -> ProgramSpec:
-    return _spec(ProgramShape(prefill_name(size), "prefill", rows, size, blocks_for(max_seq_len, kv.block_size)), kv, info, backend)
+def _prefill_spec(size: int, rows: int, max_seq_len: int, kv: KVLayout, info: ModelInfo, backend: str) -> ProgramSpec:
+    return _spec(
+        ProgramShape(prefill_name(size), "prefill", rows, size, blocks_for(max_seq_len, kv.block_size)),
+        kv,
+        info,
+        backend,
+    )
 
 
 def _spec(shape: ProgramShape, kv: KVLayout, info: ModelInfo, backend: str) -> ProgramSpec:
@@ -270,9 +283,7 @@ def _build_info(config: CompileConfig, bandwidth: float) -> BuildInfo:
     )
 
 
-def _build_programs(
-    staging: Staging, manifest: Manifest, names: Sequence[str], jobs: int, bars: Progress
-) -> Manifest:
+def _build_programs(staging: Staging, manifest: Manifest, names: Sequence[str], jobs: int, bars: Progress) -> Manifest:
     """Builds the named programs, each in a process of its own, the largest first."""
     if manifest.build.backend == "eager":
         return manifest
@@ -362,9 +373,7 @@ def _kill(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _prove(
-    staging: Staging, manifest: Manifest, loaded: LoadedModel, names: Sequence[str], bars: Progress
-) -> Manifest:
+def _prove(staging: Staging, manifest: Manifest, loaded: LoadedModel, names: Sequence[str], bars: Progress) -> Manifest:
     """Verifies and measures the named programs and records the canary."""
     artifact = Artifact(staging.path, manifest)
     programs = load_programs(artifact)

@@ -1,12 +1,10 @@
-"""Times the programs and the machine they run on."""
+"""Times the programs."""
 
 from __future__ import annotations
 
 import random
 import statistics
 import time
-
-import torch
 
 from multibatch.backends.base import LoadedPrograms
 from multibatch.batch import DecodeRow, decode_inputs, prefill_inputs
@@ -48,14 +46,3 @@ def measure_program(manifest: Manifest, spec: ProgramSpec, programs: LoadedProgr
         programs.run(spec.name, inputs, pool)
         times.append((time.perf_counter() - start) * 1000)
     return statistics.median(times)
-
-
-def measure_bandwidth(megabytes: int = 256) -> float:
-    """Read bandwidth in GB/s: the best of seven sums over more memory than any cache holds."""
-    data = torch.ones(megabytes * 2**20 // 4)
-    best = float("inf")
-    for _ in range(7):
-        start = time.perf_counter()
-        data.sum()
-        best = min(best, time.perf_counter() - start)
-    return data.numel() * 4 / best / 1e9

@@ -73,9 +73,7 @@ def load_model(source: str, dtype: str | None, block_size: int, revision: str | 
     return _inspect(source, revision, model, config, chosen, block_size)
 
 
-def _inspect(
-    source: str, revision: str | None, model: Any, config: Any, dtype: str, block_size: int
-) -> LoadedModel:
+def _inspect(source: str, revision: str | None, model: Any, config: Any, dtype: str, block_size: int) -> LoadedModel:
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise CompileError(f"{source}: {name} holds NaN or infinity; nothing can be compiled from it")

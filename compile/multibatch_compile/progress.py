@@ -69,5 +69,7 @@ class Progress:
             spent = time.monotonic() - started
             left = max(0.0, typical - spent)
             self._bars.update(
-                self._tasks[name], completed=min(0.95, spent / typical), note=f"export and compile, about {left:.0f} s left"
+                self._tasks[name],
+                completed=min(0.95, spent / typical),
+                note=f"export and compile, about {left:.0f} s left",
             )

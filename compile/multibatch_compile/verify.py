@@ -79,7 +79,9 @@ def check_program(manifest: Manifest, spec: ProgramSpec, programs: LoadedProgram
     error = float((logits - reference).abs().max())
     allowed = TOLERANCE[manifest.model.dtype] * max(1.0, float(reference.abs().max()))
     if not error <= allowed:
-        raise VerificationError(f"{spec.name}: logits differ from the eager reference by {error:.3g}, allowed {allowed:.3g}")
+        raise VerificationError(
+            f"{spec.name}: logits differ from the eager reference by {error:.3g}, allowed {allowed:.3g}"
+        )
     case.check_untouched(pool)
     if spec.kind == "prefill":
         return Verdict(error)

@@ -30,9 +30,7 @@ def main() -> None:
     layers = tuple(KVLayer(*layer) for layer in job["layers"])
     kv = KVLayout(job["block_size"], len(layers), layers)
     folder = Path(job["folder"])
-    build_program(
-        folder, folder / job["weights"], ProgramShape(**job["shape"]), kv, job["dtype"], Path(job["output"])
-    )
+    build_program(folder, folder / job["weights"], ProgramShape(**job["shape"]), kv, job["dtype"], Path(job["output"]))
 
 
 if __name__ == "__main__":

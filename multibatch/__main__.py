@@ -1,0 +1,5 @@
+"""`python -m multibatch` is the `multibatch` command."""
+
+from multibatch.cli import main
+
+main()
