@@ -103,6 +103,8 @@ class Engine:
         self._num_requests = 0
         self._groups: dict[str, _Group] = {}
         self._owner: dict[str, tuple[_Group, _Completion]] = {}
+        # Why the latest failed step failed; the engine goes on after it.
+        self.failure: StepError | None = None
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -251,9 +253,6 @@ class Engine:
         names = dict.fromkeys(self._owner[sequence.request_id][0].request_id for sequence in failed)
         outputs = [self._output(self._groups[name]) for name in names]
         return [output for output in outputs if output is not None]
-
-    failure: StepError | None = None
-    """Why the latest failed step failed."""
 
     def _output(self, group: _Group) -> RequestOutput | None:
         finished = all(c.sequence.is_finished for c in group.completions)

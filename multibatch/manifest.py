@@ -1,29 +1,27 @@
 """What `manifest.json` says: the only thing that the compile step and the runtime share.
 
-Owns the fields, their rules and the strict JSON round trip. Touches no file: reading, hashing
-and publishing are in `artifact.py`. The folder format is specified in `artifacts/README.md`.
+Owns the fields and their rules. How JSON is read strictly is in `strict_json.py`. Touches no file: the folder is opened
+and checked in `artifact.py` and written in `publish.py`. Its format is specified in `artifacts/README.md`.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import math
 import re
 import types
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal
 
 from multibatch.errors import ArtifactCorruptError, ArtifactError, IncompatibleError
+from multibatch.strict_json import decode, parse
 
 SCHEMA_VERSION: Final = 1
 MANIFEST_NAME: Final = "manifest.json"
 MANIFEST_HASH_NAME: Final = "manifest.sha256"
 DTYPE_BYTES: Final[Mapping[str, int]] = types.MappingProxyType(
-    {"float32": 4, "float16": 2, "bfloat16": 2}
-    | {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
+    {"float32": 4, "float16": 2, "bfloat16": 2} | {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
 )
 
 Option = str | int | float | bool | None
@@ -337,9 +335,9 @@ class Manifest:
             IncompatibleError: another schema version.
         """
         try:
-            data = json.loads(text, object_pairs_hook=_object)
+            data = parse(text)
             _check_schema(data, source)
-            manifest: Manifest = _decode(cls, data, "")
+            manifest: Manifest = decode(cls, data)
         except IncompatibleError:
             raise
         except (ValueError, OverflowError, RecursionError, ArtifactError) as error:
@@ -385,14 +383,9 @@ def _is_sha256(text: str) -> bool:
     return re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    _unique([key for key, _ in pairs], "keys of one object")
-    return dict(pairs)
-
-
 def _check_schema(data: Any, source: str | Path) -> None:
     _require(isinstance(data, dict), "the manifest", type(data).__name__, "a JSON object")
-    found = _decode(int, data.get("schema_version"), "schema_version")
+    found = decode(int, data.get("schema_version"), "schema_version")
     if found != SCHEMA_VERSION:
         newer = found > SCHEMA_VERSION
         age, cure = ("newer", "update multibatch or ") if newer else ("older", "")
@@ -400,68 +393,3 @@ def _check_schema(data: Any, source: str | Path) -> None:
             f"{source}: the artifact has the {age} schema version {found}, this multibatch reads "
             f"version {SCHEMA_VERSION}; {cure}compile the model again"
         )
-
-
-@functools.cache
-def _field_kinds(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
-
-
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    """Build `kind` from parsed JSON; no value is converted but an int where a float stands."""
-    origin = get_origin(kind)
-    if isinstance(kind, type) and is_dataclass(kind) and isinstance(value, dict):
-        return _decode_object(kind, value, where)
-    if origin is tuple and isinstance(value, list):
-        item = get_args(kind)[0]
-        return tuple(_decode(item, x, f"{where}[{i}]") for i, x in enumerate(value))
-    if origin is Mapping and isinstance(value, dict):
-        item = get_args(kind)[1]
-        return {key: _decode(item, x, f"{where}.{key}") for key, x in value.items()}
-    if origin in (Union, types.UnionType):
-        return _decode_union(get_args(kind), value, where)
-    if origin is Literal and isinstance(value, str) and value in get_args(kind):
-        return value
-    if kind is float and type(value) is int:
-        return float(value)
-    if kind in (int, float, str, bool) and type(value) is kind and _is_finite(value):
-        return value
-    raise _wrong_type(where, value, kind)
-
-
-def _decode_object(kind: type, value: dict[str, Any], where: str) -> Any:
-    kinds = _field_kinds(kind)
-    names = [x.name for x in fields(kind)]
-    place = where or "the manifest"
-    unknown = [key for key in value if key not in kinds]
-    _require(not unknown, f"unknown key in {place}", unknown, f"only {', '.join(names)}")
-    missing = [name for name in names if name not in value]
-    _require(not missing, f"missing key in {place}", list(value), f"also {', '.join(missing)}")
-    prefix = where and where + "."
-    decoded = {name: _decode(kinds[name], value[name], prefix + name) for name in names}
-    try:
-        return kind(**decoded)
-    except ArtifactError as error:
-        raise ArtifactError(f"{where}: {error}" if where else str(error)) from error
-
-
-def _decode_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    if value is None and types.NoneType in kinds:
-        return None
-    others = [kind for kind in kinds if kind is not types.NoneType]
-    if len(others) == 1:
-        return _decode(others[0], value, where)
-    if type(value) in others and _is_finite(value):
-        return value
-    raise _wrong_type(where, value, kinds)
-
-
-def _is_finite(value: object) -> bool:
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-def _wrong_type(where: str, value: object, kind: Any) -> ArtifactError:
-    kinds = kind if isinstance(kind, tuple) else (kind,)
-    names = [x.__name__ if isinstance(x, type) else str(x) for x in kinds]
-    got = f"{value!r:.80} ({type(value).__name__})"
-    return ArtifactError(f"{where or 'the manifest'}: got {got}, expected {' or '.join(names)}")

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 import multibatch
-from multibatch.artifact import Artifact, Staging, record_file, update
+from multibatch.artifact import Artifact, record_file
 from multibatch.config import EngineConfig
 from multibatch.engine import Engine, load_programs
 from multibatch.errors import CompileError, ConfigError
@@ -40,6 +40,7 @@ from multibatch.manifest import (
     decoder_name,
     prefill_name,
 )
+from multibatch.publish import Staging, update
 from multibatch.roofline import measure_bandwidth
 from multibatch.sampling_params import SamplingParams
 
