@@ -13,6 +13,7 @@ from typing import Any
 import click
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 import multibatch
@@ -29,13 +30,15 @@ class _Group(click.Group):
     """Turns our errors into one line and an exit code; `--debug` shows where they come from."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        warnings.showwarning = lambda message, *_, **__: _ERR.print(f"warning: {message}", highlight=False)
+        warnings.showwarning = lambda message, *_, **__: _ERR.print(
+            f"warning: {message}", markup=False, highlight=False
+        )
         try:
             return super().invoke(ctx)
         except MultibatchError as error:
             if ctx.params.get("debug"):
                 raise
-            _ERR.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+            _ERR.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
             ctx.exit(error.exit_code)
 
 
@@ -68,6 +71,7 @@ def _quiet() -> None:
 @click.option("--block-size", default=32, show_default=True, help="Tokens per KV block; a multiple of 16.")
 @click.option("--prefill-chunk-sizes", callback=_sizes, help="Tokens of each prefill program; default 32,128,512.")
 @click.option("--dtype", help="bfloat16, float16 or float32; default: the checkpoint's.")
+@click.option("--quantization", default="none", show_default=True, help="none, or int8: a byte per weight.")
 @click.option("--backend", default="inductor", show_default=True, help="inductor, or eager (nothing compiled).")
 @click.option("--device", default="cpu", show_default=True, help="cpu.")
 @click.option("--revision", help="Of a hub id.")
@@ -102,7 +106,7 @@ def prune_command(artifact: Path, size: int) -> None:
 
     changed, warning = multibatch_compile.prune(artifact, size)
     if warning:
-        _ERR.print(f"warning: {warning}", highlight=False)
+        _ERR.print(f"warning: {warning}", markup=False, highlight=False)
     _print_table(changed)
 
 
@@ -128,7 +132,7 @@ def verify_command(artifact: Path) -> None:
 
     problems = multibatch_compile.verify_artifact(artifact)
     for problem in problems:
-        _ERR.print(f"[red]mismatch:[/red] {problem}", highlight=False, soft_wrap=True)
+        _ERR.print(f"[red]mismatch:[/red] {escape(problem)}", highlight=False, soft_wrap=True)
     if problems:
         sys.exit(1)
     _OUT.print(f"{artifact}: every file is the one that was built, and the canary gives the same tokens")
@@ -328,11 +332,24 @@ def _print_table(artifact: Artifact) -> None:
         f"model      {model.architecture}, {model.num_parameters:,} parameters, {model.dtype}, from {model.id}",
         f"limits     max_seq_len {manifest.max_seq_len}, max_num_seqs {manifest.max_num_seqs}, block size {manifest.kv.block_size}",
         f"weights    {manifest.weights.bytes:,} bytes, shared by all programs",
+        *_quantization_lines(manifest),
         f"built for  {build.device}, {build.cpu_model}, {' '.join(build.isa) or 'any'}",
         f"built with torch {build.torch_version}, transformers {build.transformers_version}, Python {build.python_version},"
         f" {build.host_cores} cores reading {build.measured_bandwidth_gbps} GB/s, {build.created_at}",
     ]
     _OUT.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def _quantization_lines(manifest: Manifest) -> list[str]:
+    if manifest.quantization is None:
+        return []
+    found = {"random tokens": manifest.quantization.random_tokens, "its own text": manifest.quantization.own_text}
+    parts = [
+        f"on {name} KL {a.kl_divergence:.2g} nats, same top token {a.top1_agreement:.1%} of {a.num_tokens}"
+        for name, a in found.items()
+        if a is not None
+    ]
+    return [f"quantised  {manifest.quantization.scheme}, against {manifest.model.dtype}: " + "; ".join(parts)]
 
 
 __all__ = ["main"]

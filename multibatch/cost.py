@@ -28,8 +28,7 @@ class CostModel:
                 raise ConfigError(f"batch size {batch_size!r} has a cost; sizes are ints >= 1")
             if batch_size <= previous:
                 raise ConfigError(
-                    f"the cost of batch size {batch_size} comes after that of {previous}; "
-                    "sizes ascend and come once"
+                    f"the cost of batch size {batch_size} comes after that of {previous}; sizes ascend and come once"
                 )
             if not (math.isfinite(ms) and ms > 0):
                 raise ConfigError(

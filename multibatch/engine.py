@@ -98,7 +98,7 @@ class Engine:
         tokenizer_dir = artifact.path / "tokenizer"
         self._tokenizer_dir: Path | None = tokenizer_dir if tokenizer_dir.is_dir() else None
         self._tokenizer: Tokenizer | None = None
-        self._sampler = Sampler()
+        self._sampler = Sampler(self._programs.chunk_maxima)
         self._seed = config.seed
         self._num_requests = 0
         self._groups: dict[str, _Group] = {}
@@ -186,9 +186,10 @@ class Engine:
             group = self._owner[sequence.request_id][0]
             group.scheduled_ts = group.scheduled_ts or now
         try:
-            logits = self.runner.run(step)
-            rows = [SamplingRow.from_sequence(sequence) for sequence in step.sampled]
-            sampled = self._sampler.sample(logits, rows) if rows else None
+            with self._programs.own_threads():
+                logits = self.runner.run(step)
+                rows = [SamplingRow.from_sequence(sequence) for sequence in step.sampled]
+                sampled = self._sampler.sample(logits, rows) if rows else None
         except (RuntimeError, StepError) as error:
             return self._fail(step, error)
         if sampled is None:
@@ -278,7 +279,14 @@ class Engine:
             first_token_latency=latency,
         )
         return RequestOutput(
-            group.request_id, group.prompt, group.prompt_token_ids, None, outputs, finished, metrics, num_cached_tokens=0
+            group.request_id,
+            group.prompt,
+            group.prompt_token_ids,
+            None,
+            outputs,
+            finished,
+            metrics,
+            num_cached_tokens=0,
         )
 
 

@@ -36,8 +36,7 @@ class DecoderLadder:
         for size in checked:
             if checked.count(size) > 1:
                 raise ConfigError(
-                    f"decode batch size {size} is listed twice in {_comma_list(checked)}; "
-                    "list each size once"
+                    f"decode batch size {size} is listed twice in {_comma_list(checked)}; list each size once"
                 )
         object.__setattr__(self, "sizes", tuple(sorted(checked)))
 
@@ -71,8 +70,7 @@ class DecoderLadder:
         """
         if _checked_size(size) in self.sizes:
             raise ConfigError(
-                f"decode batch size {size} is in the ladder {_comma_list(self.sizes)} already; "
-                "nothing to add"
+                f"decode batch size {size} is in the ladder {_comma_list(self.sizes)} already; nothing to add"
             )
         return DecoderLadder((*self.sizes, size))
 
@@ -84,13 +82,11 @@ class DecoderLadder:
         """
         if size not in self.sizes:
             raise ConfigError(
-                f"decode batch size {size} is not in the ladder; "
-                f"it can lose one of {_comma_list(self.sizes)}"
+                f"decode batch size {size} is not in the ladder; it can lose one of {_comma_list(self.sizes)}"
             )
         if len(self.sizes) == 1:
             raise ConfigError(
-                f"decode batch size {size} is the only one in the ladder and has to stay; "
-                "add another size first"
+                f"decode batch size {size} is the only one in the ladder and has to stay; add another size first"
             )
         return DecoderLadder(kept for kept in self.sizes if kept != size)
 
@@ -173,9 +169,7 @@ def _parsed_size(item: str, text: str) -> int:
 def _checked_size(size: object) -> int:
     if isinstance(size, int) and _is_int(size) and size >= 1:
         return size
-    raise ConfigError(
-        f"{size!r} is no decode batch size; a size is a whole number >= 1, e.g. {_FLAG} 8,4,1"
-    )
+    raise ConfigError(f"{size!r} is no decode batch size; a size is a whole number >= 1, e.g. {_FLAG} 8,4,1")
 
 
 def _is_int(value: object) -> bool:

@@ -68,7 +68,9 @@ class LLM:
         **unknown: Any,
     ) -> None:
         if unknown:
-            raise ConfigError(f"LLM does not know {', '.join(sorted(unknown))}; see help(multibatch.LLM) for what it does")
+            raise ConfigError(
+                f"LLM does not know {', '.join(sorted(unknown))}; see help(multibatch.LLM) for what it does"
+            )
         config = EngineConfig(
             max_num_seqs=max_num_seqs,
             max_seq_len=max_model_len if max_model_len is not None else max_seq_len,
@@ -114,7 +116,9 @@ class LLM:
         """Answers one conversation, or several, in the model's chat template."""
         _refuse_not_built(not_built)
         if not messages:
-            raise RequestError("chat got no messages; give a list of {'role': …, 'content': …}, or a list of such lists")
+            raise RequestError(
+                "chat got no messages; give a list of {'role': …, 'content': …}, or a list of such lists"
+            )
         conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
         prompts = [
             self.engine.tokenizer.render_chat(
@@ -245,7 +249,9 @@ def _listed(prompts: Any) -> list[Any]:
 
 def _token_ids(value: Any) -> list[int]:
     if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise RequestError(f"a prompt of type {type(value).__name__}; allowed: str, list of token ids, or a dict of them")
+        raise RequestError(
+            f"a prompt of type {type(value).__name__}; allowed: str, list of token ids, or a dict of them"
+        )
     wrong = [x for x in value if isinstance(x, bool) or not isinstance(x, int)]
     if wrong:
         raise RequestError(f"token id {wrong[0]!r} in a prompt; allowed: ints")

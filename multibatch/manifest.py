@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 from multibatch.errors import ArtifactCorruptError, ArtifactError, IncompatibleError
 from multibatch.strict_json import decode, parse
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 MANIFEST_NAME: Final = "manifest.json"
 MANIFEST_HASH_NAME: Final = "manifest.sha256"
 DTYPE_BYTES: Final[Mapping[str, int]] = types.MappingProxyType(
@@ -228,6 +228,35 @@ class Canary:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How far the quantised model is from the model that it was made from, position by position."""
+
+    # Positions compared.
+    num_tokens: int
+    # Mean over positions of KL(original || quantised), nats.
+    kl_divergence: float
+    # Share of positions where both have the same most likely token.
+    top1_agreement: float
+
+    def __post_init__(self) -> None:
+        _at_least(1, self.num_tokens, "quantization: num_tokens")
+        good = 0 <= self.top1_agreement <= 1
+        _require(good, "quantization: top1_agreement", self.top1_agreement, "0 to 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantization:
+    """Weights of fewer bits, and what that did to the outputs."""
+
+    # int8: signed bytes with one scale per output, activations rounded per token.
+    scheme: Literal["int8"]
+    # On uniformly random token ids.
+    random_tokens: Agreement | None = None
+    # On text that the quantised model sampled itself.
+    own_text: Agreement | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
     """Everything the runtime knows about an artifact before it opens a program.
 
@@ -254,6 +283,8 @@ class Manifest:
     files: tuple[FileRecord, ...]
     # None until the compile step has verified the programs.
     canary: Canary | None
+    # None: the weights are in the model's dtype.
+    quantization: Quantization | None
 
     def __post_init__(self) -> None:
         same = self.schema_version == SCHEMA_VERSION

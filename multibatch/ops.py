@@ -7,6 +7,8 @@ packed once, and every program of a ladder shares both. What an operator compute
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,30 +20,69 @@ PANEL = 32
 
 # The one Library object of the process: PyTorch drops the operators when it is collected.
 _LIBRARY = torch.library.Library("multibatch", "DEF")
-_LIBRARY.define("packed_linear(Tensor x, Tensor weight, Tensor? bias, int out_features) -> Tensor")
 _LIBRARY.define(
-    "packed_embedding(Tensor ids, Tensor weight, int num_embeddings, int embedding_dim) -> Tensor"
+    "packed_linear(Tensor x, Tensor weight, Tensor? bias, Tensor? scales, Tensor? sums, int out_features) -> Tensor"
+)
+_LIBRARY.define(
+    "gated_linear(Tensor gate_up, Tensor weight, Tensor? bias, Tensor? scales, Tensor? sums, int out_features,"
+    " str activation) -> Tensor"
+)
+_LIBRARY.define("rms_norm(Tensor x, Tensor weight, float epsilon, float offset, bool round_first) -> Tensor")
+_LIBRARY.define(
+    "packed_embedding(Tensor ids, Tensor weight, Tensor? scales, int num_embeddings, int embedding_dim,"
+    " ScalarType dtype) -> Tensor"
 )
 _LIBRARY.define(
     "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_pool,"
     " Tensor(b!) value_pool, Tensor slot_mapping, Tensor cu_seqlens, Tensor block_tables,"
     " Tensor seq_lens, Tensor? sinks, float scale, int sliding_window, float softcap) -> Tensor"
 )
+_LIBRARY.define("chunk_maxima(Tensor scores, int chunk) -> Tensor")
 _LIBRARY.define("set_num_threads(int num_threads) -> int")
 
 
 @torch.library.register_fake("multibatch::packed_linear", lib=_LIBRARY)
 def _packed_linear_fake(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out_features: int
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    out_features: int,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
 
 
+@torch.library.register_fake("multibatch::gated_linear", lib=_LIBRARY)
+def _gated_linear_fake(
+    gate_up: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    out_features: int,
+    activation: str,
+) -> torch.Tensor:
+    return gate_up.new_empty((*gate_up.shape[:-1], out_features))
+
+
+@torch.library.register_fake("multibatch::rms_norm", lib=_LIBRARY)
+def _rms_norm_fake(
+    x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float, round_first: bool
+) -> torch.Tensor:
+    return x.new_empty(x.shape)
+
+
 @torch.library.register_fake("multibatch::packed_embedding", lib=_LIBRARY)
 def _packed_embedding_fake(
-    ids: torch.Tensor, weight: torch.Tensor, num_embeddings: int, embedding_dim: int
+    ids: torch.Tensor,
+    weight: torch.Tensor,
+    scales: torch.Tensor | None,
+    num_embeddings: int,
+    embedding_dim: int,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    return weight.new_empty((*ids.shape, embedding_dim))
+    return weight.new_empty((*ids.shape, embedding_dim), dtype=dtype)
 
 
 @torch.library.register_fake("multibatch::paged_attention", lib=_LIBRARY)
@@ -94,6 +135,23 @@ def load_operators(path: Path, sha256: str, loaded: dict[str, Path]) -> None:
 
 # PyTorch's operator table is one per process, so the record of what is in it must be too.
 PROCESS_OPERATORS: dict[str, Path] = {}
+
+
+def chunk_maxima(scores: torch.Tensor, chunk: int) -> torch.Tensor:
+    """`sampler.chunk_maxima_of` on the operators' threads: OpenMP's would spin beside them, on the same cores."""
+    maxima: torch.Tensor = torch.ops.multibatch.chunk_maxima(scores, chunk)
+    return maxima
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Torch's own threads rest meanwhile: after a job they spin for milliseconds, on the cores of the operators' threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def set_num_threads(num_threads: int) -> None:

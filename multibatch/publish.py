@@ -32,8 +32,8 @@ class Staging:
     entry to exit; do not fork without exec in between, a forked child would go on holding it.
 
     Raises:
-        ArtifactError: at entry, if the target exists (and not `overwrite`), is not an artifact,
-            is being written by another process, or its disk has less than `needed_bytes` free;
+        ArtifactError: at entry, if the target exists (and not `overwrite`), is not an artifact or also holds
+            files of others, is being written by another process, or its disk has less than `needed_bytes` free;
             at exit, if the disk got full.
     """
 
@@ -136,9 +136,6 @@ def update(path: str | os.PathLike[str], *, needed_bytes: int = 0) -> Iterator[t
     Artifact.open(path, verify="none")
     with Staging(path, overwrite=True, needed_bytes=needed_bytes) as staging:
         artifact = Artifact.open(staging.target)
-        if extra := artifact.unknown_files():
-            found = ", ".join(extra)
-            raise ArtifactError(f"{path}: also holds {found}, which would be lost; move them away")
         for record in artifact.manifest.all_files:
             staging.link(artifact.file(record), record.path)
         yield artifact, staging
@@ -170,6 +167,13 @@ def _refuse_target(target: Path, overwrite: bool) -> None:
         )
     if not overwrite:
         raise ArtifactError(f"{target}: exists; replace it with --force or choose another folder")
+    try:
+        extra = Artifact.open(target, verify="none").unknown_files()
+    except ArtifactError:
+        # Damaged, or of another schema version: to replace it is the cure.
+        return
+    if extra:
+        raise ArtifactError(f"{target}: also holds {', '.join(extra)}, which would be lost; move them away")
 
 
 def _clear_stale(target: Path) -> None:

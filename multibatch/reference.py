@@ -106,3 +106,58 @@ def _attend(
         scores = torch.cat([scores, column], dim=2)
     weights = torch.softmax(scores, dim=2)[:, :, :length]
     return weights @ values.float().repeat_interleave(group, 0)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, offset: float, round_first: bool) -> torch.Tensor:
+    """x / sqrt(mean(x^2) + epsilon) * (weight + offset) over the last dimension, in float32.
+
+    Args:
+        x: [..., n].
+        weight: [n].
+        epsilon: keeps the root from zero.
+        offset: 1 where the weight is stored as a difference from 1, as in Gemma; else 0.
+        round_first: whether the normalised value is rounded to x's dtype before it meets the weight, as in Llama.
+    """
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    if round_first:
+        wide = wide.to(x.dtype).float()
+    return (wide * (weight.float() + offset)).to(x.dtype)
+
+
+def gate(gate_up: torch.Tensor, activation: str) -> torch.Tensor:
+    """[..., 2 K], gate before up -> activation(gate) * up, [..., K]. activation: silu or gelu_tanh."""
+    left, right = gate_up.chunk(2, dim=-1)
+    if activation == "silu":
+        return torch.nn.functional.silu(left) * right
+    return torch.nn.functional.gelu(left, approximate="tanh") * right
+
+
+def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, K] -> int8[N, K] and float32[N] scales: symmetric, the largest magnitude of an output becomes 127.
+
+    One scale per output channel and one per token of the activations, as SmoothQuant's W8A8 has them (Xiao et al. 2022),
+    without its smoothing.
+    """
+    wide = weight.detach().float()
+    scales = wide.abs().amax(dim=1) / 127
+    steps = torch.where(scales > 0, scales, torch.ones_like(scales))
+    return (wide / steps[:, None]).round().to(torch.int8), scales
+
+
+def int8_linear(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """[..., K] -> [..., N] in x's dtype, as the int8 operator computes it.
+
+    Args:
+        x: [..., K] in any float dtype; each row is rounded to 255 steps of its own scale.
+        weight: int8[N, K].
+        scales: float32[N].
+        bias: [N] or None.
+    """
+    wide = x.float()
+    steps = wide.abs().amax(dim=-1, keepdim=True) / 127
+    rounded = (wide / torch.where(steps > 0, steps, torch.ones_like(steps))).round()
+    y = rounded @ weight.float().T * (steps * scales)
+    return (y if bias is None else y + bias.float()).to(x.dtype)

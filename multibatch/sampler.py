@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Final, Self
 
@@ -93,6 +93,10 @@ class Sampler:
     min_p, top_k, top_p. Log-probabilities are of the logits as they came (vLLM's "raw_logprobs").
     """
 
+    def __init__(self, chunk_maxima: Callable[[torch.Tensor, int], torch.Tensor] | None = None) -> None:
+        """`chunk_maxima(scores, chunk)` is what reads every logit; default: PyTorch's, see the function of that name."""
+        self._chunk_maxima = chunk_maxima or chunk_maxima_of
+
     def sample(self, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> SampledRows:
         """Draws a token for every row.
 
@@ -112,10 +116,11 @@ class Sampler:
         if not rows:
             return SampledRows([], [])
         with torch.inference_mode():
-            token_ids = _first_maxima(logits, _chunk_maxima(logits), rows)
+            token_ids = _first_maxima(logits, self._chunk_maxima(logits, _CHUNK), rows)
             changed = [i for i, row in enumerate(rows) if not _is_plain(row)]
             if changed:
-                drawn = _draw(logits[changed] if len(changed) < len(rows) else logits, [rows[i] for i in changed])
+                scores = logits[changed] if len(changed) < len(rows) else logits
+                drawn = _draw(scores, [rows[i] for i in changed], self._chunk_maxima)
                 for i, token_id in zip(changed, drawn, strict=True):
                     token_ids[i] = token_id
             logprobs = [
@@ -130,11 +135,11 @@ def _is_plain(row: SamplingRow) -> bool:
     return row.params.is_greedy and not row.params.needs_history and not row.forbidden_token_ids
 
 
-def _chunk_maxima(scores: torch.Tensor) -> torch.Tensor:
-    """The maximum of every `_CHUNK` neighbours; [n, V] -> [n, ceil(V / _CHUNK)]; a NaN stays one."""
+def chunk_maxima_of(scores: torch.Tensor, chunk: int) -> torch.Tensor:
+    """The maximum of every `chunk` neighbours; [n, V] -> [n, ceil(V / chunk)]; a NaN stays one."""
     n, vocabulary = scores.shape
-    whole = vocabulary // _CHUNK * _CHUNK
-    maxima = scores[:, :whole].reshape(n, whole // _CHUNK, _CHUNK).amax(-1)
+    whole = vocabulary // chunk * chunk
+    maxima = scores[:, :whole].reshape(n, whole // chunk, chunk).amax(-1)
     if whole == vocabulary:
         return maxima
     return torch.cat([maxima, scores[:, whole:].amax(-1, keepdim=True)], dim=1)
@@ -163,7 +168,9 @@ def _first_maxima(scores: torch.Tensor, maxima: torch.Tensor, rows: Sequence[Sam
     return chosen
 
 
-def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
+def _draw(
+    logits: torch.Tensor, rows: Sequence[SamplingRow], chunk_maxima: Callable[[torch.Tensor, int], torch.Tensor]
+) -> list[int]:
     """Draws from a copy of [n, V] in float32, filled up with -inf to whole chunks."""
     n, vocabulary = logits.shape
     scores = torch.empty(n, -(-vocabulary // _CHUNK) * _CHUNK, device=logits.device)
@@ -176,7 +183,7 @@ def _draw(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
             scores[i, _known(row.forbidden_token_ids, scores[i])] = -math.inf
     temperatures = [1.0 if row.params.is_greedy else row.params.temperature for row in rows]
     scores /= torch.tensor(temperatures, device=scores.device)[:, None]
-    maxima = _chunk_maxima(scores)
+    maxima = chunk_maxima(scores, _CHUNK)
     token_ids = _first_maxima(scores, maxima, rows)
     for i, row in enumerate(rows):
         if not row.params.is_greedy:
@@ -277,7 +284,7 @@ def _row_logprobs(logits: torch.Tensor, token_id: int, top: int) -> RowLogprobs:
     if top != 0:
         wanted = vocabulary if top == -1 else min(top, vocabulary)
         scores = torch.nn.functional.pad(logprobs, (0, -vocabulary % _CHUNK), value=-math.inf)
-        found, likely = _likeliest(scores, _chunk_maxima(scores[None])[0], wanted, -math.inf)
+        found, likely = _likeliest(scores, chunk_maxima_of(scores[None], _CHUNK)[0], wanted, -math.inf)
         likely, order = likely.sort(descending=True, stable=True)
         others = (order if found is None else found[order])[:wanted].tolist()
         kept = [i for i, other in enumerate(others) if other != token_id]

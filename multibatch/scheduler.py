@@ -149,9 +149,7 @@ class Scheduler:
                 finished.append(sequence)
         return finished
 
-    def finish(
-        self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None
-    ) -> None:
+    def finish(self, sequence: Sequence, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         """Ends a sequence and frees its blocks.
 
         One that has ended only gets the new reason: a stop string may be found in the text of the
@@ -212,9 +210,7 @@ class Scheduler:
         # With an id on its way there are num_computed_tokens + 1 tokens. One that these make
         # complete ends by count alone; asking for another token would overrun its blocks.
         num_left = sequence.num_tokens - sequence.num_computed_tokens
-        return num_left <= 1 and (
-            sequence.num_computed_tokens + 1 < self._max_total_tokens(sequence)
-        )
+        return num_left <= 1 and (sequence.num_computed_tokens + 1 < self._max_total_tokens(sequence))
 
     def _reserve_next(self, sequence: Sequence, preempted: list[Sequence]) -> bool:
         """Gets the block of the next position, from others if need be; False if it lost its own."""
@@ -280,9 +276,7 @@ class Scheduler:
         return min(self._config.max_seq_len, sequence.num_prompt_tokens + max_tokens)
 
 
-def _token_stop(
-    sequence: Sequence, max_total_tokens: int
-) -> tuple[FinishReason, int | None] | None:
+def _token_stop(sequence: Sequence, max_total_tokens: int) -> tuple[FinishReason, int | None] | None:
     """Whether the newest token ends the sequence; an end-of-sequence id names no stop_reason."""
     params = sequence.request.params
     token_id = sequence.token_ids[-1]

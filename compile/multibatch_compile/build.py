@@ -36,11 +36,12 @@ from multibatch.manifest import (
     Manifest,
     ModelInfo,
     ProgramSpec,
+    Quantization,
     TensorSpec,
     decoder_name,
     prefill_name,
 )
-from multibatch.publish import Staging, update
+from multibatch.publish import Staging, ensure_disk_space, update
 from multibatch.roofline import measure_bandwidth
 from multibatch.sampling_params import SamplingParams
 
@@ -50,6 +51,7 @@ from .measure import measure_program
 from .model import LoadedModel, load_model, write_weights
 from .operators import operator_library
 from .progress import Progress
+from .quantization import compare, quantized_reference
 from .verify import check_flattening, check_program
 
 _WEIGHTS = "weights.safetensors"
@@ -69,6 +71,7 @@ def compile_model(
     block_size: int = 32,
     prefill_chunk_sizes: Iterable[object] | None = None,
     dtype: str | None = None,
+    quantization: str = "none",
     backend: str = "inductor",
     device: str = "cpu",
     jobs: int | None = None,
@@ -87,6 +90,7 @@ def compile_model(
         block_size: tokens per KV block.
         prefill_chunk_sizes: tokens of each prefill program; default 32, 128, 512, as far as max_seq_len goes.
         dtype: bfloat16, float16 or float32; default: the checkpoint's.
+        quantization: none, or int8: weights of one byte with a scale per output, activations rounded per token.
         backend: inductor (AOTInductor programs) or eager (transformers' own code, nothing compiled).
         device: cpu.
         jobs: programs built at once; default: as many as cores and memory allow.
@@ -107,13 +111,14 @@ def compile_model(
         block_size=block_size,
         prefill_chunk_sizes=prefill_chunk_sizes,
         dtype=dtype,
+        quantization=quantization,
         backend=backend,
         device=device,
         jobs=jobs,
     )
     with Progress(progress) as bars, Staging(output, overwrite=force) as staging:
         with bars.stage("load the model"):
-            loaded = load_model(str(model), config.dtype, config.block_size, revision)
+            loaded = load_model(str(model), config.dtype, config.block_size, revision, config.quantization)
             check_flattening(loaded, config.max_seq_len)
         manifest = _stage_model(staging, loaded, config, str(model), bars)
         manifest = _build_programs(staging, manifest, [p.name for p in manifest.programs], config.jobs, bars)
@@ -133,8 +138,9 @@ def add_size(artifact: str | os.PathLike[str], size: int, *, jobs: int = 1, prog
         manifest = old.manifest
         DecoderLadder(manifest.decoder_batch_sizes).with_size(size)
         with bars.stage("load the model"):
+            scheme = "none" if manifest.quantization is None else manifest.quantization.scheme
             loaded = load_model(
-                manifest.model.id, manifest.model.dtype, manifest.kv.block_size, manifest.model.revision
+                manifest.model.id, manifest.model.dtype, manifest.kv.block_size, manifest.model.revision, scheme
             )
             if loaded.info.weights_sha256 != manifest.model.weights_sha256:
                 raise CompileError(
@@ -189,14 +195,21 @@ def _stage_model(staging: Staging, loaded: LoadedModel, config: CompileConfig, s
     compiled = config.backend == "inductor"
     with bars.stage("write weights"):
         model: Any = loaded.decoder.model
+        # At least: programs hold no weights and add little.
+        is_whole = config.quantization == "none"
+        ensure_disk_space(
+            staging.target, sum(p.numel() * (p.element_size() if is_whole else 1) for p in model.parameters())
+        )
         model.config.save_pretrained(staging.path)
         _save_tokenizer(source, staging.path / "tokenizer")
-        write_weights(model, staging.path, staging.path / _WEIGHTS, loaded.info.dtype, packed=compiled)
+        packing = loaded.packing if compiled else None
+        read = write_weights(model, staging.path, staging.path / _WEIGHTS, loaded.info.dtype, packing)
+        info = dataclasses.replace(loaded.info, weight_bytes=read)
     if compiled:
         with bars.stage("build the operators"):
             (staging.path / "ops").mkdir()
             shutil.copy2(operator_library(), staging.path / _OPERATORS)
-    kv, info, backend = loaded.kv, loaded.info, config.backend
+    kv, backend = loaded.kv, config.backend
     programs = [_decode_spec(size, config.max_seq_len, kv, info, backend) for size in config.ladder.sizes]
     rows = config.prefill_rows
     programs += [
@@ -216,6 +229,7 @@ def _stage_model(staging: Staging, loaded: LoadedModel, config: CompileConfig, s
         ops=record_file(staging.path, _OPERATORS) if compiled else None,
         files=tuple(record_file(staging.path, name) for name in others if name not in known),
         canary=None,
+        quantization=None if config.quantization == "none" else Quantization(scheme=config.quantization),
     )
 
 
@@ -309,7 +323,8 @@ def _run_workers(
     seconds: dict[str, float] = {}
     for spec in specs:
         bars.program(spec.name)
-    with tempfile.TemporaryDirectory(prefix="multibatch-build-") as scratch:
+    # In the staging folder: what a killed compile leaves there is cleared by the next one.
+    with tempfile.TemporaryDirectory(prefix="build-", dir=folder, ignore_cleanup_errors=True) as scratch:
         try:
             while waiting or running:
                 while waiting and len(running) < limit:
@@ -320,15 +335,16 @@ def _run_workers(
                     if process.poll() is None:
                         continue
                     del running[name]
+                    _end(process)
                     if process.returncode:
-                        raise CompileError(f"{name} could not be built:\n{log.read_text(errors='replace')[-3000:]}")
+                        raise _failure(name, process.returncode, log)
                     seconds[name] = time.monotonic() - started
                     bars.done(name)
                 bars.tick()
                 time.sleep(0.1)
         finally:
             for process, _, _ in running.values():
-                _kill(process)
+                _end(process)
     return seconds
 
 
@@ -360,6 +376,8 @@ def _start(
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-m", "multibatch_compile.worker", str(file)],
+            # Never written to: it ends when this process does, however that happens, and the builder with it.
+            stdin=subprocess.PIPE,
             stdout=out,
             stderr=subprocess.STDOUT,
             env=environment,
@@ -368,26 +386,43 @@ def _start(
     return process, time.monotonic(), log
 
 
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+def _failure(name: str, returncode: int, log: Path) -> CompileError:
+    if returncode == -signal.SIGKILL:
+        how = "killed, perhaps for lack of memory: try fewer --jobs"
+    else:
+        how = f"exit code {returncode}" if returncode > 0 else f"signal {-returncode}"
+    return CompileError(f"{name} could not be built ({how}):\n{log.read_text(errors='replace')[-3000:]}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Kills what still runs of a builder and its compilers, and closes its pipe."""
+    with process:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _prove(staging: Staging, manifest: Manifest, loaded: LoadedModel, names: Sequence[str], bars: Progress) -> Manifest:
     """Verifies and measures the named programs and records the canary."""
     artifact = Artifact(staging.path, manifest)
     programs = load_programs(artifact)
+    reference, original = loaded.decoder, None
+    if manifest.quantization is not None:
+        with bars.stage("quantise the reference"):
+            reference, original = quantized_reference(loaded), loaded.decoder
     proven = []
     for spec in manifest.programs:
         if spec.name in names:
             with bars.stage(f"verify {spec.name}"):
-                verdict = dataclasses.asdict(check_program(manifest, spec, programs, loaded))
+                verdict = dataclasses.asdict(check_program(manifest, spec, programs, reference, original))
                 milliseconds = round(measure_program(manifest, spec, programs), 4)
                 proven.append(dataclasses.replace(spec, **verdict, measured_ms=milliseconds))
         else:
             proven.append(spec)
     manifest = dataclasses.replace(manifest, programs=tuple(proven))
+    if manifest.quantization is not None:
+        with bars.stage("compare with the original"):
+            engine = Engine(Artifact(staging.path, manifest), EngineConfig(), programs)
+            manifest = dataclasses.replace(manifest, quantization=compare(loaded, reference, engine))
     with bars.stage("canary"):
         return dataclasses.replace(manifest, canary=record_canary(Artifact(staging.path, manifest), programs))
 

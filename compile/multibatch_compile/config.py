@@ -13,6 +13,7 @@ from multibatch.ladder import DecoderLadder, resolve_ladder
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Backend = Literal["inductor", "eager"]
+Quantization = Literal["none", "int8"]
 
 _DEFAULT_CHUNKS = (32, 128, 512)
 _MAX_PREFILL_ROWS = 16
@@ -33,6 +34,7 @@ class CompileConfig:
     """Prompts that share one prefill call."""
     dtype: Dtype | None
     """None: the checkpoint's own."""
+    quantization: Quantization
     backend: Backend
     device: str
     jobs: int
@@ -47,6 +49,7 @@ def make_config(
     block_size: int = 32,
     prefill_chunk_sizes: Iterable[object] | None = None,
     dtype: str | None = None,
+    quantization: str = "none",
     backend: str = "inductor",
     device: str = "cpu",
     jobs: int | None = None,
@@ -72,6 +75,10 @@ def make_config(
         raise ConfigError("prefill_chunk_sizes is empty; give at least one size, or leave it out")
     if dtype is not None and dtype not in get_args(Dtype):
         raise UnsupportedModelError(f"dtype {dtype!r}; allowed: {', '.join(get_args(Dtype))}")
+    if quantization not in get_args(Quantization):
+        raise UnsupportedModelError(f"quantization {quantization!r}; allowed: {', '.join(get_args(Quantization))}")
+    if quantization != "none" and backend == "eager":
+        raise ConfigError(f"quantization {quantization} needs compiled programs; allowed: --backend inductor")
     if backend not in get_args(Backend):
         raise ConfigError(f"backend {backend!r}; allowed: {', '.join(get_args(Backend))}")
     if device != "cpu":
@@ -84,6 +91,7 @@ def make_config(
         prefill_chunk_sizes=tuple(chunks),
         prefill_rows=min(resolved.ladder.max, _MAX_PREFILL_ROWS, chunks[0]),
         dtype=dtype,  # type: ignore[arg-type]
+        quantization=quantization,  # type: ignore[arg-type]
         backend=backend,  # type: ignore[arg-type]
         device=device,
         jobs=_int("jobs", jobs, 1) if jobs is not None else usable_cores(),

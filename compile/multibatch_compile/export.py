@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from multibatch.backends.base import DTYPES
 from multibatch.backends.eager import assign_weights, model_skeleton
@@ -15,7 +16,8 @@ from multibatch.backends.flat_model import COMPILED_ATTENTION, FlatDecoder
 from multibatch.backends.inductor import map_weights
 from multibatch.manifest import KVLayout, TensorSpec
 
-from .packing import pack_model
+from .fusion import fuse_gates, replace_norms
+from .packing import Packing, pack_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +64,11 @@ def build_program(folder: Path, weights: Path, shape: ProgramShape, kv: KVLayout
         output: the file to write.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
+    with safe_open(weights, framework="pt") as file:
+        packing = Packing.from_metadata(file.metadata())
     model = model_skeleton(folder, DTYPES[dtype])
-    pack_model(model)
+    pack_model(model, packing)
+    replace_norms(model)
     assign_weights(model, map_weights(weights))
     decoder = FlatDecoder(model, COMPILED_ATTENTION)
     arguments = _example(shape, kv, dtype)
@@ -72,6 +77,8 @@ def build_program(folder: Path, weights: Path, shape: ProgramShape, kv: KVLayout
     dynamic: Any = (None,) * 7 + (pools, list(pools))
     with torch.no_grad():
         program = torch.export.export(decoder, arguments, dynamic_shapes=dynamic, strict=False)
+        fuse_gates(program.graph)
+        program.graph_module.recompile()
         torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(output),

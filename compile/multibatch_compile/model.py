@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import hashlib
 import json
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from multibatch.kv.pool import KVPool
 from multibatch.manifest import KVLayer, KVLayout, ModelInfo
 from multibatch.reference import AttentionOptions
 
-from .packing import pack_model
+from .packing import Packing, pack_model
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +36,13 @@ class LoadedModel:
     kv: KVLayout
     options: tuple[AttentionOptions, ...]
     """What each layer asks of attention."""
+    packing: Packing
+    """How its linear layers will be packed."""
 
 
-def load_model(source: str, dtype: str | None, block_size: int, revision: str | None = None) -> LoadedModel:
+def load_model(
+    source: str, dtype: str | None, block_size: int, revision: str | None = None, quantization: str = "none"
+) -> LoadedModel:
     """Loads as transformers does, from a folder or a hub id.
 
     Raises:
@@ -70,7 +76,9 @@ def load_model(source: str, dtype: str | None, block_size: int, revision: str | 
     if missing:
         raise CompileError(f"{source} has no weights for {', '.join(missing[:3])}; the checkpoint is incomplete")
     model = model.eval().requires_grad_(False)
-    return _inspect(source, revision, model, config, chosen, block_size)
+    loaded_model = _inspect(source, revision, model, config, chosen, block_size)
+    packing = Packing(quantization, find_fused(loaded_model.decoder))  # type: ignore[arg-type]
+    return dataclasses.replace(loaded_model, packing=packing)
 
 
 def _inspect(source: str, revision: str | None, model: Any, config: Any, dtype: str, block_size: int) -> LoadedModel:
@@ -92,9 +100,9 @@ def _inspect(source: str, revision: str | None, model: Any, config: Any, dtype: 
         num_layers=kv.num_layers,
         dtype=dtype,  # type: ignore[arg-type]
         eos_token_ids=_eos_token_ids(model, vocabulary),
-        weight_bytes=_bytes_per_step(model),
+        weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
     )
-    return LoadedModel(decoder, info, kv, options)
+    return LoadedModel(decoder, info, kv, options, Packing())
 
 
 def probe(
@@ -136,27 +144,81 @@ def probe(
     return KVLayout(block_size, num_layers, layers), tuple(seen[i][1] for i in range(num_layers))
 
 
-def write_weights(model: nn.Module, config_dir: Path, path: Path, dtype: str, *, packed: bool) -> None:
-    """Writes every parameter and buffer once, tied ones by reference in the file's metadata."""
-    if packed:
-        skeleton = model_skeleton(config_dir, DTYPES[dtype])
-        assign_weights(skeleton, dict(_tensors(model)))
-        pack_model(skeleton)
-        model = skeleton
+def find_fused(decoder: FlatDecoder) -> tuple[tuple[str, ...], ...]:
+    """Linear layers side by side in one module that get the very same tensor: query, key and value; gate and up.
+
+    Seen by running two tokens, so no name of a module matters. Tied layers, and those that run twice, are left out.
+    """
+    model = decoder.model
+    names: dict[nn.Module, str] = {m: name for name, m in model.named_modules() if type(m) is nn.Linear}
+    owners = collections.Counter(id(module.weight) for module in model.modules() if hasattr(module, "weight"))
+    calls: list[tuple[nn.Module, torch.Tensor]] = []
+    hooks = [m.register_forward_pre_hook(lambda module, inputs: calls.append((module, inputs[0]))) for m in names]
+    decoder.context.on_call = lambda *_: None
+    try:
+        with torch.inference_mode():
+            decoder(*_two_tokens(), [], [])
+    finally:
+        decoder.context.on_call = None
+        for hook in hooks:
+            hook.remove()
+    times = collections.Counter(module for module, _ in calls)
+    groups: dict[tuple[str, int], list[str]] = {}
+    for module, x in calls:
+        if times[module] == 1 and owners[id(module.weight)] == 1:
+            groups.setdefault((names[module].rpartition(".")[0], id(x)), []).append(names[module])
+    return tuple(tuple(group) for group in groups.values() if len(group) > 1)
+
+
+def write_weights(model: nn.Module, config_dir: Path, path: Path, dtype: str, packing: Packing | None) -> int:
+    """Writes every parameter and buffer once, tied ones by reference in the file's metadata.
+
+    Args:
+        model: with its weights.
+        config_dir: holds config.json.
+        path: the file to write.
+        dtype: the model's.
+        packing: how to pack linear layers; None: not at all.
+
+    Returns:
+        Bytes that one decode step must read: all but an embedding that is no output layer too.
+    """
     unique: dict[tuple[int, tuple[int, ...]], str] = {}
     tensors: dict[str, torch.Tensor] = {}
     metadata: dict[str, str] = {"format": "pt"}
-    for name, tensor in _tensors(model):
+    if packing is not None:
+        skeleton = model_skeleton(config_dir, DTYPES[dtype])
+        assign_weights(skeleton, dict(named_tensors(model)))
+        pack_model(skeleton, packing)
+        model = skeleton
+        metadata |= packing.to_metadata()
+    for name, tensor in named_tensors(model):
         key = (tensor.data_ptr(), tuple(tensor.shape))
         if tensor.numel() and key in unique:
             metadata[TIED + name] = unique[key]
             continue
         unique[key] = name
         tensors[name] = tensor.detach().contiguous()
-    save_file(tensors, path, metadata=metadata)
+    _save_aligned(tensors, path, metadata)
+    read = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    if embedding.weight.data_ptr() != head.weight.data_ptr():
+        read -= embedding.weight.numel() * embedding.weight.element_size()
+    return int(read)
 
 
-def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+def _save_aligned(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Saves so that the data begins at a multiple of 64 bytes, a cache line: vector loads across two cost twice."""
+    save_file(tensors, path, metadata={**metadata, "padding": ""})
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+    if start % 64:
+        save_file(tensors, path, metadata={**metadata, "padding": " " * (-start % 64)})
+
+
+def named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Every parameter and buffer by name, tied ones once for each of their names."""
     parameters = list(model.named_parameters(remove_duplicate=False))
     return [*parameters, *model.named_buffers(remove_duplicate=False)]
 
@@ -214,13 +276,6 @@ def _eos_token_ids(model: Any, vocabulary: int) -> tuple[int, ...]:
         given = model.config.get_text_config().eos_token_id
     ids = [] if given is None else [given] if isinstance(given, int) else list(given)
     return tuple(i for i in ids if 0 <= i < vocabulary)
-
-
-def _bytes_per_step(model: Any) -> int:
-    embedding = model.get_input_embeddings().weight
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
-    tied = model.get_output_embeddings().weight is embedding
-    return int(total if tied else total - embedding.numel() * embedding.element_size())
 
 
 def pool_of(kv: KVLayout, num_blocks: int, dtype: str) -> KVPool:

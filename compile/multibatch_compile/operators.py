@@ -26,9 +26,10 @@ def operator_library() -> Path:
     Raises:
         CompileError: there is no C++ compiler, or it failed; the message has what it said.
     """
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
+    name = os.environ.get("CXX", "g++")
+    compiler = shutil.which(name)
     if compiler is None:
-        raise CompileError("no C++ compiler g++ found; install one, or name it in CXX")
+        raise CompileError(f"no C++ compiler {name} found; install one, or name it in CXX")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     key = hashlib.sha256()
     for part in (*sorted(_SOURCES.iterdir()),):

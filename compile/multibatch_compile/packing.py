@@ -1,97 +1,204 @@
 """Packs linear weights once into the layout of the operators, and puts modules in the model that use it.
 
 The layout (also in artifacts/README.md): panels of 32 outputs, so that a panel is one contiguous stream for any number of
-rows. bfloat16: [ceil(N/32), ceil(K/2), 32, 2], pairs of inputs side by side for the bfloat16 dot product; float32 and
-float16: [ceil(N/32), K, 32]. Zeros beyond N and K.
+rows. As many inputs lie side by side as one dot-product instruction takes: bfloat16 [ceil(N/32), ceil(K/2), 32, 2], int8
+[ceil(N/32), ceil(K/4), 32, 4], float32 and float16 [ceil(N/32), K, 32]. Zeros beyond N and K.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Literal, Self, cast
+
 import torch
 from torch import nn
 
+from multibatch.errors import UnsupportedModelError
 from multibatch.ops import PANEL
+from multibatch.reference import quantize_weight
+
+METADATA_KEY = "packing"
+"""Where weights.safetensors holds a `Packing`."""
+
+_UNIT = {torch.bfloat16: 2, torch.int8: 4}
+
+
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """How a model's linear layers are packed. Kept with the weights, so that a program can be added later."""
+
+    quantization: Literal["none", "int8"] = "none"
+    """int8: a signed byte per weight with one scale per output; activations get a scale per token at run time."""
+    fused: tuple[tuple[str, ...], ...] = ()
+    """Names of linear layers that get one input, in the order of their calls: packed as one."""
+
+    def to_metadata(self) -> dict[str, str]:
+        """For the header of weights.safetensors."""
+        return {METADATA_KEY: json.dumps(asdict(self))}
+
+    @classmethod
+    def from_metadata(cls, metadata: Mapping[str, str]) -> Self:
+        """The inverse of `to_metadata`."""
+        record = json.loads(metadata[METADATA_KEY])
+        return cls(record["quantization"], tuple(tuple(names) for names in record["fused"]))
 
 
 def packed_shape(out_features: int, in_features: int, dtype: torch.dtype) -> tuple[int, ...]:
     """Shape of a packed [out_features, in_features] weight."""
-    panels = -(-out_features // PANEL)
-    if dtype == torch.bfloat16:
-        return (panels, -(-in_features // 2), PANEL, 2)
-    return (panels, in_features, PANEL)
+    panels, unit = -(-out_features // PANEL), _UNIT.get(dtype, 1)
+    if unit == 1:
+        return (panels, in_features, PANEL)
+    return (panels, -(-in_features // unit), PANEL, unit)
 
 
 def pack(weight: torch.Tensor) -> torch.Tensor:
-    """[N, K] in float32, bfloat16 or float16 -> the packed layout, same dtype, contiguous."""
+    """[N, K] in float32, bfloat16, float16 or int8 -> the packed layout, same dtype, contiguous."""
     n, k = weight.shape
+    shape = packed_shape(n, k, weight.dtype)
     if weight.device.type == "meta":
-        return weight.new_empty(packed_shape(n, k, weight.dtype))
-    rows = -(-n // PANEL) * PANEL
-    columns = -(-k // 2) * 2 if weight.dtype == torch.bfloat16 else k
+        return weight.new_empty(shape)
+    unit = _UNIT.get(weight.dtype, 1)
+    rows, columns = shape[0] * PANEL, shape[1] * unit
     padded = weight.detach()
     if (rows, columns) != (n, k):
         padded = weight.new_zeros((rows, columns))
         padded[:n, :k] = weight.detach()
-    if weight.dtype == torch.bfloat16:
-        return padded.view(rows // PANEL, PANEL, columns // 2, 2).permute(0, 2, 1, 3).contiguous()
-    return padded.view(rows // PANEL, PANEL, k).permute(0, 2, 1).contiguous()
+    return padded.view(shape[0], PANEL, shape[1], unit).permute(0, 2, 1, 3).reshape(shape).contiguous()
 
 
 class PackedLinear(nn.Module):
     """`nn.Linear` over a packed weight."""
 
-    def __init__(self, weight: nn.Parameter, bias: nn.Parameter | None, out_features: int) -> None:
+    scales: torch.Tensor | None
+    sums: torch.Tensor | None
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, quantization: str) -> None:
+        """Packs `weight`, [N, K]."""
         super().__init__()
-        self.weight = weight
-        self.bias = bias
-        self.out_features = out_features
+        self.out_features = weight.shape[0]
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        scales = sums = None
+        if quantization == "int8":
+            weight, scales = quantize_weight(weight)
+            # What 128, added to every activation byte to make it unsigned, adds to an output.
+            sums = weight.sum(dim=1, dtype=torch.int32)
+        self.register_buffer("scales", scales)
+        self.register_buffer("sums", sums)
+        self.weight = nn.Parameter(pack(weight), requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N]."""
-        y: torch.Tensor = torch.ops.multibatch.packed_linear(x, self.weight, self.bias, self.out_features)
+        y: torch.Tensor = torch.ops.multibatch.packed_linear(
+            x, self.weight, self.bias, self.scales, self.sums, self.out_features
+        )
         return y
+
+
+class FusedLinear(nn.Module):
+    """The first of several linear layers with one input: computes all, and keeps the others' parts for their modules."""
+
+    def __init__(self, linear: PackedLinear, sizes: list[int]) -> None:
+        super().__init__()
+        self.linear = linear
+        self.sizes = sizes
+        self.kept: tuple[torch.Tensor, tuple[torch.Tensor, ...]] | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., sizes[0]]."""
+        parts = self.linear(x).split(self.sizes, dim=-1)
+        self.kept = (x, parts)
+        first: torch.Tensor = parts[0]
+        return first
+
+
+class FusedPart(nn.Module):
+    """One of the others."""
+
+    def __init__(self, first: FusedLinear, index: int, name: str) -> None:
+        super().__init__()
+        self._first = (first,)  # in a tuple, so that its weights are not registered here once more
+        self._index = index
+        self._name = name
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., K] -> [..., sizes[index]]."""
+        kept = self._first[0].kept
+        if kept is None or kept[0] is not x:
+            raise UnsupportedModelError(f"{self._name} does not always get the input of the layers it was packed with")
+        return kept[1][self._index]
 
 
 class PackedEmbedding(nn.Module):
     """`nn.Embedding` that reads its rows from the packed weight of the LM head it is tied to."""
 
-    def __init__(self, weight: nn.Parameter, num_embeddings: int, embedding_dim: int) -> None:
+    def __init__(self, head: PackedLinear, embedding: nn.Embedding) -> None:
         super().__init__()
-        self.weight = weight
-        self.num_embeddings = num_embeddings
-        self.embedding_dim = embedding_dim
+        self.weight = head.weight
+        self.register_buffer("scales", head.scales)
+        self.dtype = embedding.weight.dtype
+        self.num_embeddings = embedding.num_embeddings
+        self.embedding_dim = embedding.embedding_dim
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         """int[...] -> [..., embedding_dim]."""
         rows: torch.Tensor = torch.ops.multibatch.packed_embedding(
-            ids, self.weight, self.num_embeddings, self.embedding_dim
+            ids, self.weight, self.scales, self.num_embeddings, self.embedding_dim, self.dtype
         )
         return rows
 
 
-def pack_model(model: nn.Module) -> None:
+def pack_model(model: nn.Module, packing: Packing) -> None:
     """Replaces every linear layer of `model`, and an embedding tied to one, in place.
 
     A tied weight is packed once and stays tied. Modules of another exact type than `nn.Linear`, `nn.Embedding` and
     transformers' `Conv1D` are left as they are: their forward may do more than the plain product.
     """
+    _fuse(model, packing)
+    packed: dict[torch.Tensor, PackedLinear] = {}
+    for parent, name, child in _children(model):
+        weight = linear_weight(child)
+        if weight is None:
+            continue
+        linear = PackedLinear(weight, child.bias, packing.quantization)  # type: ignore[arg-type]
+        same = packed.setdefault(child.weight, linear)  # type: ignore[arg-type]
+        linear.weight, linear.scales, linear.sums = same.weight, same.scales, same.sums
+        setattr(parent, name, linear)
+    for parent, name, child in _children(model):
+        if type(child) is nn.Embedding and child.weight in packed:
+            setattr(parent, name, PackedEmbedding(packed[child.weight], child))
+
+
+def _fuse(model: nn.Module, packing: Packing) -> None:
+    for names in packing.fused:
+        layers = cast(list[nn.Linear], [model.get_submodule(name) for name in names])
+        weights = [layer.weight for layer in layers]
+        bias = None
+        if any(layer.bias is not None for layer in layers):
+            zeros = [weight.new_zeros(weight.shape[0]) for weight in weights]
+            bias = torch.cat([z if x.bias is None else x.bias for x, z in zip(layers, zeros, strict=True)])
+        linear = PackedLinear(torch.cat(weights), bias, packing.quantization)
+        first = FusedLinear(linear, [weight.shape[0] for weight in weights])
+        for index, name in enumerate(names):
+            parent, _, attribute = name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, first if index == 0 else FusedPart(first, index, name))
+
+
+def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    for parent in list(model.modules()):
+        if not isinstance(parent, PackedLinear | FusedLinear | FusedPart):
+            for name, child in list(parent.named_children()):
+                yield parent, name, child
+
+
+def linear_weight(module: nn.Module) -> torch.Tensor | None:
+    """[N, K], or None where the module is no plain linear layer."""
     from transformers.pytorch_utils import Conv1D
 
-    packed: dict[int, nn.Parameter] = {}
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Linear:
-                weight = child.weight
-            elif type(child) is Conv1D:
-                weight = nn.Parameter(child.weight.detach().t(), requires_grad=False)
-            else:
-                continue
-            if id(child.weight) not in packed:
-                packed[id(child.weight)] = nn.Parameter(pack(weight), requires_grad=False)
-            parameter = packed[id(child.weight)]
-            setattr(parent, name, PackedLinear(parameter, child.bias, weight.shape[0]))
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is nn.Embedding and id(child.weight) in packed:
-                tied = PackedEmbedding(packed[id(child.weight)], child.num_embeddings, child.embedding_dim)
-                setattr(parent, name, tied)
+    if type(module) is nn.Linear:
+        return module.weight
+    if type(module) is Conv1D:
+        weight: torch.Tensor = module.weight.t()
+        return weight
+    return None

@@ -1,26 +1,23 @@
 """One program in a process of its own: compiling many in one leaks memory (pytorch#167630), and a crash is contained.
 
-Run as `python -m multibatch_compile.worker JOB.json`; writes the stage it is in to the job's status file.
+Run as `python -m multibatch_compile.worker JOB.json`, leading a process group of its own; ends with its standard input.
 """
 
 from __future__ import annotations
 
-import ctypes
 import json
+import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from multibatch.manifest import KVLayer, KVLayout
 
-_PR_SET_PDEATHSIG = 1
-
 
 def main() -> None:
     """Builds what the job file says."""
-    if sys.platform == "linux":
-        # A parent that is killed must not leave builders behind.
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    threading.Thread(target=_end_with_input, daemon=True).start()
     job = json.loads(Path(sys.argv[1]).read_text())
     import torch
 
@@ -31,6 +28,14 @@ def main() -> None:
     kv = KVLayout(job["block_size"], len(layers), layers)
     folder = Path(job["folder"])
     build_program(folder, folder / job["weights"], ProgramShape(**job["shape"]), kv, job["dtype"], Path(job["output"]))
+
+
+def _end_with_input() -> None:
+    # The pipe closes when the compile step dies. A death signal of the kernel (PR_SET_PDEATHSIG) would reach this
+    # process, but not the C++ compiler that it started.
+    while os.read(0, 1):
+        pass
+    os.killpg(0, signal.SIGKILL)
 
 
 if __name__ == "__main__":

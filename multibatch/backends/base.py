@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Protocol
 
 import torch
@@ -12,6 +14,15 @@ from multibatch.kv.pool import KVPool
 
 class LoadedPrograms(Protocol):
     """The load half of a backend: every program of an artifact, ready to be called."""
+
+    def own_threads(self) -> AbstractContextManager[None]:
+        """Entered around all that a step does with torch: threads of torch must not fight with the backend's."""
+        ...
+
+    @property
+    def chunk_maxima(self) -> Callable[[torch.Tensor, int], torch.Tensor] | None:
+        """The sampler's pass over the logits on this backend's threads; None: PyTorch's."""
+        ...
 
     def run(self, program: str, inputs: ProgramInputs, pool: KVPool) -> torch.Tensor:
         """Runs one program by its manifest name; the pool changes in place. Returns logits [R, V]."""

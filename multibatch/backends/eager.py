@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +52,9 @@ def assign_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 
 class EagerPrograms:
     """The eager reference: one model for every batch size and chunk size."""
+
+    chunk_maxima = None
+    own_threads = contextlib.nullcontext
 
     def __init__(self, decoder: FlatDecoder) -> None:
         """Runs `decoder` as it is."""

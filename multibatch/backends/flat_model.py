@@ -84,9 +84,7 @@ class FlatDecoder(nn.Module):
         Returns:
             Logits [R, V] in the model's dtype.
         """
-        self.context.step = StepInputs(
-            slot_mapping, cu_seqlens, block_tables, seq_lens, key_pools, value_pools
-        )
+        self.context.step = StepInputs(slot_mapping, cu_seqlens, block_tables, seq_lens, key_pools, value_pools)
         try:
             output = self.model(
                 input_ids=token_ids,
@@ -128,9 +126,7 @@ def attention_options(module: nn.Module, query: torch.Tensor, keywords: dict[str
 def _context(module: nn.Module, attention_mask: torch.Tensor | None) -> AttentionContext:
     context = getattr(module, "multibatch_context", None)
     if context is None or context.step is None:
-        raise UnsupportedModelError(
-            f"{type(module).__name__} has no layer_idx, so its place in the KV pool is unknown"
-        )
+        raise UnsupportedModelError(f"{type(module).__name__} has no layer_idx, so its place in the KV pool is unknown")
     if attention_mask is not None:
         raise UnsupportedModelError(
             f"{type(module).__name__} passes a mask of its own; handled: causal, sliding_window, softcap, sinks"

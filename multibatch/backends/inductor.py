@@ -34,6 +34,9 @@ def map_weights(path: Path) -> dict[str, torch.Tensor]:
 class InductorPrograms:
     """Programs of one artifact on a CPU."""
 
+    chunk_maxima = staticmethod(ops.chunk_maxima)
+    own_threads = staticmethod(ops.one_torch_thread)
+
     def __init__(self, artifact: Artifact, num_threads: int | None = None, only: Iterable[str] | None = None) -> None:
         """Loads the operator library, maps the weights and loads every program (or those named in `only`).
 

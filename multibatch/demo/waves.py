@@ -35,9 +35,7 @@ def run_waves(llm: LLM, console: Console) -> None:
         questions = questions_of(size, seed=number)
         llm.take_records()
         start = time.perf_counter()
-        outputs = llm.chat(
-            [[{"role": "user", "content": q.text}] for q in questions], params, use_tqdm=False
-        )
+        outputs = llm.chat([[{"role": "user", "content": q.text}] for q in questions], params, use_tqdm=False)
         elapsed = time.perf_counter() - start
         console.print(f"\n[bold]Wave of {size}[/bold]")
         for question, output in zip(questions, outputs, strict=True):
@@ -50,15 +48,9 @@ def run_waves(llm: LLM, console: Console) -> None:
         each = [m.time_per_output_token_s for m in metrics if m.time_per_output_token_s is not None]
         per_token = f"{statistics.mean(each) * 1000:.2f}" if each else "-"
         for i, use in enumerate(summarise(llm.take_records())):
-            whole = (
-                (str(size), f"{first:.1f}", per_token, f"{tokens / elapsed:.0f}")
-                if i == 0
-                else ("", "", "", "")
-            )
+            whole = (str(size), f"{first:.1f}", per_token, f"{tokens / elapsed:.0f}") if i == 0 else ("", "", "", "")
             counts = (str(use.num_calls), str(use.num_live), str(use.num_padded))
             table.add_row(whole[0], use.program, *counts, *whole[1:])
     console.print()
     console.print(table)
-    console.print(
-        "live, padded: rows summed over the calls (tokens for a prefill program).", style="dim"
-    )
+    console.print("live, padded: rows summed over the calls (tokens for a prefill program).", style="dim")

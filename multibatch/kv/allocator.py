@@ -32,8 +32,7 @@ class BlockAllocator:
         """
         if num_blocks < 2:
             raise ConfigError(
-                f"a KV pool of {num_blocks} blocks; it needs at least 2, "
-                "the scratch block and one to lend"
+                f"a KV pool of {num_blocks} blocks; it needs at least 2, the scratch block and one to lend"
             )
         self._num_blocks = num_blocks
         # the end of the list is lent first, so a new pool lends 1, 2, 3, ...

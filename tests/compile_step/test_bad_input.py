@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from multibatch.errors import ArtifactError, CompileError, ConfigError, MultibatchError, UnsupportedModelError
+from multibatch.errors import CompileError, ConfigError, MultibatchError, UnsupportedModelError
 from multibatch_compile import compile_model
 from multibatch_compile.config import make_config
 
@@ -98,36 +98,6 @@ def test_an_architecture_without_the_attention_interface(tmp_path: Path) -> None
     with pytest.raises((UnsupportedModelError, CompileError)):
         compile_model(tmp_path / "model", tmp_path / "a", backend="eager")
     assert _only(tmp_path) == ["model"]
-
-
-def test_an_output_that_exists(tmp_path: Path, demo_model: Path, eager_artifact: Path) -> None:
-    target = shutil.copytree(eager_artifact, tmp_path / "a")
-    with pytest.raises(ArtifactError, match="force"):
-        compile_model(demo_model, target, backend="eager")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "diary.txt").write_text("dear")
-    with pytest.raises(ArtifactError):
-        compile_model(demo_model, tmp_path / "mine", backend="eager", force=True)
-    assert (tmp_path / "mine" / "diary.txt").read_text() == "dear"
-
-
-def test_a_program_that_cannot_be_built_leaves_nothing(
-    tmp_path: Path, demo_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("multibatch_compile.build._start", _failing_start)
-    with pytest.raises(CompileError, match="no such compiler"):
-        compile_model(demo_model, tmp_path / "a", decoder_batch_sizes=[1], max_seq_len=64)
-    assert _only(tmp_path) == []
-
-
-def _failing_start(scratch: Path, folder: Path, manifest: object, spec: Any) -> tuple[Any, float, Path]:
-    import subprocess
-    import sys
-
-    log = scratch / "log"
-    with log.open("wb") as out:
-        code = "import sys; print('no such compiler'); sys.exit(3)"
-        return subprocess.Popen([sys.executable, "-c", code], stdout=out, start_new_session=True), 0.0, log
 
 
 def test_dtype_of_the_checkpoint_is_the_default(eager_artifact: Path) -> None:

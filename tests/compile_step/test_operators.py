@@ -10,11 +10,16 @@ import torch
 from multibatch import ops, reference
 from multibatch.artifact import sha256_file
 from multibatch.reference import AttentionOptions, StepInputs
+from multibatch.sampler import chunk_maxima_of
 from multibatch_compile.operators import operator_library
 from multibatch_compile.packing import pack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+
+
+# Rows of one group, two and many; inputs beyond one range; outputs that do not fill a panel.
+SHAPES = [(1, 64, 96), (3, 33, 70), (13, 128, 32), (16, 1030, 40), (40, 17, 1), (25, 64, 33), (130, 900, 300)]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,24 +30,103 @@ def _operators() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("m", "k", "n"), [(1, 64, 96), (3, 33, 70), (13, 128, 32), (40, 17, 1), (25, 64, 33)])
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
 def test_linear_is_right_and_a_row_does_not_depend_on_its_batch(dtype: torch.dtype, m: int, k: int, n: int) -> None:
     torch.manual_seed(m * k + n)
     x, w, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
-    y = torch.ops.multibatch.packed_linear(x, pack(w), b, n)
+    y = torch.ops.multibatch.packed_linear(x, pack(w), b, None, None, n)
     expected = x.double() @ w.double().T + b.double()
     assert float((y.double() - expected).abs().max() / expected.abs().max()) < TOLERANCE[dtype]
-    alone = torch.cat([torch.ops.multibatch.packed_linear(x[i : i + 1], pack(w), b, n) for i in range(m)])
+    alone = torch.cat([torch.ops.multibatch.packed_linear(x[i : i + 1], pack(w), b, None, None, n) for i in range(m)])
     assert torch.equal(y, alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+def test_int8_linear_is_what_the_reference_says_and_close_to_the_original(
+    dtype: torch.dtype, m: int, k: int, n: int
+) -> None:
+    torch.manual_seed(m * k + n)
+    x, w, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+    rounded, scales = reference.quantize_weight(w)
+    rest = (b, scales, rounded.sum(1, dtype=torch.int32), n)
+    y = torch.ops.multibatch.packed_linear(x, pack(rounded), *rest)
+    expected = reference.int8_linear(x, rounded, scales, b)
+    # One step of the dtype: the sums are the same integers.
+    step = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    assert bool(((y.float() - expected.float()).abs() <= step * expected.float().abs().clamp(min=1)).all())
+    exact = x.double() @ w.double().T + b.double()
+    assert float((y.double() - exact).abs().max() / exact.abs().max()) < 0.03
+    alone = torch.cat([torch.ops.multibatch.packed_linear(x[i : i + 1], pack(rounded), *rest) for i in range(m)])
+    assert torch.equal(y, alone)
+
+
+def test_int8_linear_shows_a_row_that_is_not_finite_and_spares_the_others() -> None:
+    weight = torch.ones(32, 64, dtype=torch.int8)
+    x = torch.ones(3, 64)
+    x[1, 5], x[2] = float("inf"), 0.0
+    rest = (None, torch.ones(32), torch.full((32,), 64, dtype=torch.int32), 32)
+    y = torch.ops.multibatch.packed_linear(x, pack(weight), *rest)
+    assert torch.allclose(y[0], torch.full((32,), 64.0))
+    assert bool(y[1].isnan().all())
+    assert float(y[2].abs().max()) == 0.0
+
+
+def test_an_int8_weight_without_scales_is_refused() -> None:
+    weight = pack(torch.ones(32, 64, dtype=torch.int8))
+    with pytest.raises(RuntimeError, match="needs 32 float32 scales"):
+        torch.ops.multibatch.packed_linear(torch.ones(1, 64), weight, None, None, None, 32)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k"), [(1, 64), (3, 33), (40, 900), (70, 257)])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated_linear_is_the_gate_and_then_the_linear(dtype: torch.dtype, m: int, k: int, activation: str) -> None:
+    torch.manual_seed(k)
+    gate_up, w = (torch.randn(m, 2 * k) * 4).to(dtype), torch.randn(40, k).to(dtype)
+    gate_up[0, :2] = torch.tensor([-80.0, 80.0])
+    y = torch.ops.multibatch.gated_linear(gate_up, pack(w), None, None, None, 40, activation)
+    expected = torch.ops.multibatch.packed_linear(reference.gate(gate_up, activation), pack(w), None, None, None, 40)
+    assert float((y - expected).abs().max() / expected.abs().max()) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k"), [(1, 64), (3, 33), (40, 900), (5, 257)])
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("round_first", [False, True])
+def test_rms_norm(dtype: torch.dtype, m: int, k: int, offset: float, round_first: bool) -> None:
+    torch.manual_seed(k)
+    x, w = (torch.randn(m, k) * 3).to(dtype), torch.randn(k).to(dtype)
+    y = torch.ops.multibatch.rms_norm(x, w, 1e-6, offset, round_first)
+    expected = reference.rms_norm(x, w, 1e-6, offset, round_first)
+    assert float((y.float() - expected.float()).abs().max()) <= 2 * TOLERANCE[dtype] * float(expected.abs().max())
+    alone = torch.cat([torch.ops.multibatch.rms_norm(x[i : i + 1], w, 1e-6, offset, round_first) for i in range(m)])
+    assert torch.equal(y, alone)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [1, 127, 128, 129, 20000])
+def test_chunk_maxima(dtype: torch.dtype, vocabulary: int) -> None:
+    torch.manual_seed(vocabulary)
+    scores = torch.randn(3, vocabulary).to(dtype)
+    scores[1, vocabulary // 2] = float("nan")
+    scores[2, :] = -float("inf")
+    out = torch.ops.multibatch.chunk_maxima(scores, 128)
+    assert torch.equal(out.nan_to_num(9e4), chunk_maxima_of(scores, 128).nan_to_num(9e4))
+    assert int(out.isnan().sum()) == 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_embedding_reads_rows_of_a_packed_weight(dtype: torch.dtype) -> None:
     weight = torch.randn(70, 33).to(dtype)
     ids = torch.tensor([[0, 69, 31, 32]])
-    assert torch.equal(torch.ops.multibatch.packed_embedding(ids, pack(weight), 70, 33), weight[ids])
+    embed = torch.ops.multibatch.packed_embedding
+    assert torch.equal(embed(ids, pack(weight), None, 70, 33, dtype), weight[ids])
+    rounded, scales = reference.quantize_weight(weight)
+    expected = (rounded.float() * scales[:, None]).to(dtype)[ids]
+    assert torch.equal(embed(ids, pack(rounded), scales, 70, 33, dtype), expected)
     with pytest.raises(RuntimeError, match="outside the vocabulary of 70"):
-        torch.ops.multibatch.packed_embedding(torch.tensor([70]), pack(weight), 70, 33)
+        embed(torch.tensor([70]), pack(weight), None, 70, 33, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -94,6 +178,18 @@ def test_an_index_outside_the_pool_is_refused_before_anything_is_written() -> No
     table, length = torch.tensor([[5]], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
     with pytest.raises(RuntimeError, match="block 5 of row 0 is outside the pool of 2"):
         torch.ops.multibatch.paged_attention(
-            q, q, q, keys, keys.clone().transpose(2, 3).contiguous(), torch.tensor([16]), one, table, length, None, 1.0, 0, 0.0
+            q,
+            q,
+            q,
+            keys,
+            keys.clone().transpose(2, 3).contiguous(),
+            torch.tensor([16]),
+            one,
+            table,
+            length,
+            None,
+            1.0,
+            0,
+            0.0,
         )
     assert float(keys.abs().max()) == 0.0

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from multibatch import LLM, SamplingParams
+from multibatch.artifact import Artifact
 from multibatch.demo.questions import is_correct, sample_question
 from multibatch.errors import ArtifactCorruptError, CapacityError, ConfigError, RequestError
 from multibatch.metrics import summarise
@@ -51,6 +52,11 @@ def test_live_rows_go_to_the_smallest_decoder_that_fits(llm: LLM, live: int, siz
     assert (decoders[0].num_live, decoders[0].num_padded) == (3 * live, 3 * (size - live))
 
 
+def test_a_row_has_the_same_bits_in_every_batch_size(demo_artifact: Path) -> None:
+    decoders = Artifact.open(demo_artifact).manifest.decoders
+    assert {size: spec.bit_equal for size, spec in decoders.items()} == {1: True, 4: True, 8: True}
+
+
 def test_tokens_equal_transformers_whatever_the_batch(
     llm: LLM, demo_model: Path, greedy: Callable[[Any, list[int], int], list[int]]
 ) -> None:
@@ -70,7 +76,9 @@ def test_seeds_give_the_same_tokens_alone_and_in_a_batch(llm: LLM) -> None:
     params = [SamplingParams(temperature=1.0, top_p=0.9, seed=i, max_tokens=12, ignore_eos=True) for i in range(6)]
     prompts = prompts_of(6, seed=3)
     together = [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
-    alone = [llm.generate([p], [s], use_tqdm=False)[0].outputs[0].token_ids for p, s in zip(prompts, params, strict=True)]
+    alone = [
+        llm.generate([p], [s], use_tqdm=False)[0].outputs[0].token_ids for p, s in zip(prompts, params, strict=True)
+    ]
     assert together == alone
 
 
@@ -88,7 +96,9 @@ def test_preemption_changes_no_token_and_leaves_the_pool_whole(demo_artifact: Pa
 
 def test_n_stop_strings_and_logprobs(llm: LLM) -> None:
     question = [{"role": "user", "content": "What is 17 + 25?"}]
-    (output,) = llm.chat(question, SamplingParams(temperature=0.0, max_tokens=32, stop="= ", logprobs=2), use_tqdm=False)
+    (output,) = llm.chat(
+        question, SamplingParams(temperature=0.0, max_tokens=32, stop="= ", logprobs=2), use_tqdm=False
+    )
     assert output.outputs[0].text == "17 + 25 "
     assert output.outputs[0].stop_reason == "= "
     assert output.outputs[0].logprobs is not None
@@ -124,7 +134,9 @@ def test_streaming_gives_the_same_text(llm: LLM) -> None:
         ({"text": "x"}, GREEDY),
     ],
 )
-def test_requests_that_can_never_run_are_refused_and_nothing_is_left(llm: LLM, prompt: Any, params: SamplingParams) -> None:
+def test_requests_that_can_never_run_are_refused_and_nothing_is_left(
+    llm: LLM, prompt: Any, params: SamplingParams
+) -> None:
     with pytest.raises(RequestError):
         llm.generate([[5, 6], prompt], params, use_tqdm=False)
     assert not llm.engine.has_unfinished

@@ -90,11 +90,11 @@ def test_an_unknown_way_to_verify_is_refused(built: Path) -> None:
 
 def test_a_newer_schema_is_refused_with_advice(built: Path) -> None:
     file = built / "manifest.json"
-    text = file.read_text(encoding="utf-8").replace('"schema_version": 1', '"schema_version": 2')
+    text = file.read_text(encoding="utf-8").replace('"schema_version": 2', '"schema_version": 3')
     file.write_text(text, encoding="utf-8")
     digest = hashlib.sha256(text.encode()).hexdigest()
     (built / "manifest.sha256").write_text(f"{digest}  manifest.json\n", encoding="utf-8")
-    with pytest.raises(IncompatibleError, match=r"model: .*newer schema version 2.*update"):
+    with pytest.raises(IncompatibleError, match=r"model: .*newer schema version 3.*update"):
         Artifact.open(built)
 
 

@@ -9,9 +9,7 @@ from hypothesis import strategies as st
 from multibatch.kv.block_table import blocks_for, slot_of, slots_of
 
 
-@pytest.mark.parametrize(
-    ("num_tokens", "blocks"), [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (32, 2), (33, 3)]
-)
+@pytest.mark.parametrize(("num_tokens", "blocks"), [(0, 0), (1, 1), (15, 1), (16, 1), (17, 2), (32, 2), (33, 3)])
 def test_blocks_are_counted_up(num_tokens: int, blocks: int) -> None:
     assert blocks_for(num_tokens, 16) == blocks
 

@@ -88,9 +88,7 @@ def test_letters_at_positions() -> None:
 
 def test_ordinal_suffixes() -> None:
     texts = " ".join(question.text for question in questions_of("letter_at"))
-    assert {"1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "22nd", "23rd"} <= set(
-        texts.split()
-    )
+    assert {"1st", "2nd", "3rd", "4th", "11th", "12th", "13th", "21st", "22nd", "23rd"} <= set(texts.split())
     assert not {"11st", "12nd", "13rd", "21th"} & set(texts.split())
 
 
@@ -161,9 +159,7 @@ def test_split_is_disjoint_and_leaves_both_sides(kind: str) -> None:
     assert len(held_out) >= 3
 
 
-@pytest.mark.parametrize(
-    "kind", ["sum", "difference", "larger", "smaller", "count_up", "count_down"]
-)
+@pytest.mark.parametrize("kind", ["sum", "difference", "larger", "smaller", "count_up", "count_down"])
 def test_held_out_numbers_are_trained_in_no_phrasing_and_no_order(kind: str) -> None:
     trained = {tuple(sorted(numbers_of(q.text))) for q in training_questions(kind)}
     assert trained.isdisjoint(tuple(sorted(numbers_of(q.text))) for q in held_out_questions(kind))

@@ -33,9 +33,7 @@ def eight_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
 
 
-def test_x86_features_are_read_in_the_order_of_the_levels(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_x86_features_are_read_in_the_order_of_the_levels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
     processor = "model name\t: Some CPU\nflags\t\t: fpu fma avx512f avx2 sse4_2\n\n"
     info = read_cpu_info(root=write(tmp_path, {"proc/cpuinfo": processor * 2}))
@@ -53,9 +51,7 @@ def test_arm_features_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert info.model_name == "unknown"
 
 
-def test_without_cpuinfo_there_is_a_name_and_no_feature(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_cpuinfo_there_is_a_name_and_no_feature(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "processor", lambda: "mystery")
     info = read_cpu_info(root=tmp_path)
     assert (info.model_name, info.isa) == ("mystery", ())
@@ -134,9 +130,7 @@ MEMINFO = {"proc/meminfo": f"MemTotal: {8 * 2**20} kB\nMemAvailable: {6 * 2**20}
     ],
     ids=["none", "v2", "v1-overdrawn", "v2-max"],
 )
-def test_memory_is_capped_by_the_limit(
-    tmp_path: Path, files: dict[str, str], total: int, available: int
-) -> None:
+def test_memory_is_capped_by_the_limit(tmp_path: Path, files: dict[str, str], total: int, available: int) -> None:
     root = write(tmp_path, MEMINFO | files)
     assert total_memory_bytes(root=root) == total
     assert available_memory_bytes(root=root) == available
@@ -149,7 +143,5 @@ def test_this_machine_can_be_read() -> None:
 
 
 def test_without_meminfo_the_system_is_asked(tmp_path: Path) -> None:
-    assert total_memory_bytes(root=tmp_path) == os.sysconf("SC_PAGE_SIZE") * os.sysconf(
-        "SC_PHYS_PAGES"
-    )
+    assert total_memory_bytes(root=tmp_path) == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     assert available_memory_bytes(root=tmp_path) > 0

@@ -16,6 +16,7 @@ from multibatch.errors import ArtifactCorruptError, ArtifactError, IncompatibleE
 from multibatch.manifest import (
     DTYPE_BYTES,
     SCHEMA_VERSION,
+    Agreement,
     BuildInfo,
     Canary,
     FileRecord,
@@ -24,6 +25,7 @@ from multibatch.manifest import (
     Manifest,
     ModelInfo,
     ProgramSpec,
+    Quantization,
     TensorSpec,
     decoder_name,
     prefill_name,
@@ -99,6 +101,9 @@ def example() -> Manifest:
         ops=FileRecord("ops/multibatch_ops.so", SHA, 300),
         files=(FileRecord("config.json", SHA, 30), FileRecord("tokenizer/tokenizer.json", SHA, 40)),
         canary=Canary(prompt_token_ids=(5, 6), token_ids=(7,), logprobs=(-0.25,), tolerance=0.0625),
+        quantization=Quantization(
+            scheme="int8", random_tokens=Agreement(num_tokens=9, kl_divergence=0.5, top1_agreement=0.25)
+        ),
     )
 
 
@@ -115,7 +120,7 @@ def changed(path: str, value: object) -> str:
 
 def test_the_golden_file_is_what_this_version_writes() -> None:
     """A change here changes what old artifacts mean: raise SCHEMA_VERSION with it."""
-    assert SCHEMA_VERSION == 1
+    assert SCHEMA_VERSION == 2
     assert example().to_json() == GOLDEN.read_text(encoding="utf-8")
     assert Manifest.from_json(GOLDEN.read_text(encoding="utf-8")) == example()
 
@@ -131,6 +136,8 @@ def test_the_golden_file_is_what_this_version_writes() -> None:
         ("programs", ProgramSpec),
         ("inputs, outputs", TensorSpec),
         ("a file", FileRecord),
+        ("quantization", Quantization),
+        ("random_tokens, own_text", Agreement),
         ("canary", Canary),
     ],
 )
@@ -196,6 +203,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         programs=tuple(draw(st.permutations(decoders + prefills))),
         ops=base.ops if draw(st.booleans()) else None,
         canary=base.canary if draw(st.booleans()) else None,
+        quantization=base.quantization if draw(st.booleans()) else None,
     )
 
 
@@ -366,7 +374,7 @@ def test_programs_are_unique_and_of_both_kinds() -> None:
 
 @pytest.mark.parametrize(
     ("version", "message"),
-    [(2, "newer schema version 2.*reads version 1; update multibatch"), (0, "older.*compile")],
+    [(3, "newer schema version 3.*reads version 2; update multibatch"), (0, "older.*compile")],
 )
 def test_another_schema_says_what_to_do(version: int, message: str) -> None:
     # The keys of another schema may differ; its version is still what is reported.

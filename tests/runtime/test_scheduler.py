@@ -14,9 +14,7 @@ from multibatch.sampling_params import SamplingParams
 from multibatch.scheduler import PrefillChunk, ScheduledStep, Scheduler, SchedulerConfig
 
 EOS = 0
-CONFIG = SchedulerConfig(
-    max_num_seqs=4, max_seq_len=32, block_size=4, max_prefill_tokens=16, max_prefill_rows=4
-)
+CONFIG = SchedulerConfig(max_num_seqs=4, max_seq_len=32, block_size=4, max_prefill_tokens=16, max_prefill_rows=4)
 
 
 def make_sequence(
@@ -33,9 +31,7 @@ def make_sequence(
     )
 
 
-def make_scheduler(
-    *sequences: Sequence, num_blocks: int = 64, config: SchedulerConfig = CONFIG
-) -> Scheduler:
+def make_scheduler(*sequences: Sequence, num_blocks: int = 64, config: SchedulerConfig = CONFIG) -> Scheduler:
     scheduler = Scheduler(config, BlockAllocator(num_blocks))
     for sequence in sequences:
         scheduler.add(sequence)

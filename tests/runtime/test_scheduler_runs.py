@@ -121,9 +121,7 @@ def check_step(scheduler: Scheduler, step: ScheduledStep, config: SchedulerConfi
     scheduler.check_integrity()
 
 
-def check_nobody_starves(
-    scheduler: Scheduler, decoding: list[Sequence], step: ScheduledStep
-) -> None:
+def check_nobody_starves(scheduler: Scheduler, decoding: list[Sequence], step: ScheduledStep) -> None:
     assert not step.is_empty
     assert scheduler.running[0] in step.sequences
     assert all(sequence in step.decode or sequence in step.preempted for sequence in decoding)
@@ -143,9 +141,7 @@ def take_requests(scheduler: Scheduler, trace: Trace, tick: int, outcome: Outcom
             outcome.refused.append(sequence.request_id)
 
 
-def collect(
-    scheduler: Scheduler, trace: Trace, tick: int, step: ScheduledStep, ids: list[int]
-) -> None:
+def collect(scheduler: Scheduler, trace: Trace, tick: int, step: ScheduledStep, ids: list[int]) -> None:
     if tick in trace.failing_ticks:
         scheduler.fail(step)
     else:
@@ -268,9 +264,7 @@ def test_the_same_trace_gives_the_same_batches(trace: Trace, ahead: bool) -> Non
 
 
 def test_the_simulation_meets_preemption_and_shared_prefill() -> None:
-    config = SchedulerConfig(
-        max_num_seqs=4, max_seq_len=24, block_size=2, max_prefill_tokens=8, max_prefill_rows=3
-    )
+    config = SchedulerConfig(max_num_seqs=4, max_seq_len=24, block_size=2, max_prefill_tokens=8, max_prefill_rows=3)
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     arrivals = tuple(Arrival(tick=0, num_prompt=n, params=params) for n in (3, 5, 4, 6))
     for ahead in (False, True):

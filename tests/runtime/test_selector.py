@@ -11,9 +11,7 @@ from multibatch.ladder import DecoderLadder
 from multibatch.selector import Selector, SelectorPolicy, Slot, select_chunk
 
 POLICIES: tuple[SelectorPolicy, ...] = ("nearest", "pad_to_max", "one_by_one")
-ladders = st.lists(st.integers(2, 40), max_size=5, unique=True).map(
-    lambda s: DecoderLadder([1, *s])
-)
+ladders = st.lists(st.integers(2, 40), max_size=5, unique=True).map(lambda s: DecoderLadder([1, *s]))
 
 
 @given(ladder=ladders, policy=st.sampled_from(POLICIES))

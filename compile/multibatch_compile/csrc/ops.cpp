@@ -9,52 +9,56 @@
 namespace multibatch {
 namespace {
 
-// [M, ldx] operands of the micro-kernel, zero beyond K.
-template <typename T>
-at::Tensor operands(const T* x, int64_t M, int64_t K, int64_t ldx) {
-  using O = Operand<T>;
-  at::Tensor out = at::empty({M * ldx * static_cast<int64_t>(sizeof(O))}, at::kByte);
-  O* to = reinterpret_cast<O*>(out.data_ptr());
-  auto convert = [&](int64_t row) {
-    O* line = to + row * ldx;
-    if constexpr (std::is_same_v<O, float>) {
-      floats_from(x + row * K, line, K);
-    } else {
-      std::memcpy(line, x + row * K, K * sizeof(O));
-    }
-    std::fill(line + K, line + ldx, O(0.0f));
-  };
-  if (M >= 32) {
-    ThreadPool::instance().run(M, convert);
-  } else {
-    for (int64_t row = 0; row < M; ++row) convert(row);
-  }
-  return out;
+// Memory of the calling thread that outlives the call, so that a step allocates none.
+template <int Which>
+void* scratch(size_t bytes) {
+  static thread_local std::vector<f32x16> memory;
+  if (memory.size() * sizeof(f32x16) < bytes) memory.resize((bytes + sizeof(f32x16) - 1) / sizeof(f32x16));
+  return memory.data();
 }
 
-template <typename T>
-void linear_of(const at::Tensor& x, const at::Tensor& packed, const T* bias, at::Tensor& y) {
-  const int64_t K = x.size(-1), N = y.size(-1), M = K ? x.numel() / K : 0;
-  const int64_t ldx = Depth<T>::padded(K);
-  const T* x_data = reinterpret_cast<const T*>(x.const_data_ptr());
-  const T* w_data = reinterpret_cast<const T*>(packed.const_data_ptr());
-  T* y_data = reinterpret_cast<T*>(y.data_ptr());
-  at::Tensor held;
-  const Operand<T>* rows;
-  if constexpr (std::is_same_v<Operand<T>, T>) {
-    if (ldx == K) {
-      rows = x_data;
-    } else {
-      held = operands<T>(x_data, M, K, ldx);
-      rows = reinterpret_cast<const T*>(held.data_ptr());
-    }
+// Runs on all threads what is worth it: about the work of one wake-up and more.
+void run_tiles(bool worth_it, int64_t tiles, const std::function<void(int64_t)>& fn) {
+  if (worth_it) {
+    ThreadPool::instance().run(tiles, fn);
   } else {
-    held = operands<T>(x_data, M, K, ldx);
-    rows = reinterpret_cast<const Operand<T>*>(held.data_ptr());
+    for (int64_t i = 0; i < tiles; ++i) fn(i);
   }
-  ThreadPool::instance().run((N + kPanel - 1) / kPanel, [&](int64_t p) {
-    linear_panel<T>(p, w_data, rows, ldx, bias, y_data, M, N, K);
+}
+
+// Lays x [M, K] out for the micro-kernel, quantised where the weight is int8, and puts it into the call.
+template <typename W, typename T>
+void prepare(LinearCall<W, T>& call, const T* x, int64_t K) {
+  using Lane = typename Format<W>::Lane;
+  constexpr int lanes = Format<W>::lanes;
+  const Groups groups(call.M);
+  const bool worth_it = call.M * K >= 16384;
+  const int64_t total = call.units * lanes, stretches = (total + kStretch - 1) / kStretch;
+  Lane* out = static_cast<Lane*>(scratch<0>(call.M * total * sizeof(Lane)));
+  float* scales = nullptr;
+  if constexpr (std::is_same_v<W, int8_t>) {
+    scales = static_cast<float*>(scratch<1>(call.M * sizeof(float)));
+    run_tiles(worth_it, call.M, [&](int64_t row) { scales[row] = row_scale(x + row * K, K); });
+  }
+  run_tiles(worth_it, groups.count * stretches, [&](int64_t tile) {
+    const int64_t g = tile / stretches, from = tile % stretches * kStretch, to = std::min(from + kStretch, total);
+    const int64_t row = groups.start(g);
+    if constexpr (std::is_same_v<W, int8_t>) {
+      quantize_rows(x, K, row, groups.size(g), from, to, scales, out + row * total);
+    } else {
+      pack_rows<W>(x, K, row, groups.size(g), from, to, out + row * total);
+    }
   });
+  call.x = out;
+  call.x_scales = scales;
+}
+
+template <typename W, typename T>
+void linear_of(LinearCall<W, T>& call, const T* x, int64_t K) {
+  if (call.M == 0) return;
+  prepare(call, x, K);
+  const Tiling tiling(call.M, call.N);
+  ThreadPool::instance().run(tiling.count(), [&](int64_t tile) { linear_tile(call, tiling, tile); });
 }
 
 #define MULTIBATCH_DISPATCH(TYPE, NAME, ...)                                                      \
@@ -65,42 +69,158 @@ void linear_of(const at::Tensor& x, const at::Tensor& packed, const T* bias, at:
     default: TORCH_CHECK(false, NAME, ": dtype ", TYPE, "; allowed: float32, bfloat16, float16"); \
   }
 
-at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
-                         int64_t out_features) {
-  TORCH_CHECK(x.scalar_type() == packed.scalar_type(), "packed_linear: x is ", x.scalar_type(), ", the weight ",
-              packed.scalar_type(), "; they must be the same");
+template <typename T>
+const T* data_of(const std::optional<at::Tensor>& t) {
+  return t ? reinterpret_cast<const T*>(t->const_data_ptr()) : nullptr;
+}
+
+void check_linear(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
+                  const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& sums, int64_t K, int64_t N,
+                  int64_t depth) {
+  const bool is_int8 = packed.scalar_type() == at::kChar;
+  TORCH_CHECK(is_int8 || x.scalar_type() == packed.scalar_type(), "packed_linear: x is ", x.scalar_type(),
+              ", the weight ", packed.scalar_type(), "; they must be the same, or the weight int8");
   TORCH_CHECK(packed.is_contiguous(), "packed_linear: the weight must be contiguous");
+  TORCH_CHECK(packed.numel() == (N + kPanel - 1) / kPanel * kPanel * depth, "packed_linear: weight of ",
+              packed.numel(), " elements does not hold ", N, " x ", K);
+  TORCH_CHECK(!bias || (bias->scalar_type() == x.scalar_type() && bias->numel() == N && bias->is_contiguous()),
+              "packed_linear: the bias must be ", N, " contiguous elements of ", x.scalar_type());
+  if (!is_int8) return;
+  TORCH_CHECK(scales && scales->scalar_type() == at::kFloat && scales->numel() == N && scales->is_contiguous() && sums &&
+                  sums->scalar_type() == at::kInt && sums->numel() == N && sums->is_contiguous(),
+              "packed_linear: an int8 weight needs ", N, " float32 scales and ", N, " int32 sums");
+}
+
+// activation(gate) * up for every row of [gate, up], [M, 2 K] -> [M, K] in memory that the next call reuses.
+template <typename T>
+const T* gated(const T* x, int64_t M, int64_t K, Activation activation) {
+  T* out = static_cast<T*>(scratch<2>(M * K * sizeof(T)));
+  const int64_t stretches = (K + kStretch - 1) / kStretch;
+  run_tiles(M * K >= 4096, M * stretches, [&](int64_t tile) {
+    const int64_t row = tile / stretches, k = tile % stretches * kStretch;
+    const T* gate = x + row * 2 * K + k;
+    gate_stretch(gate, gate + K, out + row * K + k, std::min(kStretch, K - k), activation);
+  });
+  return out;
+}
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
+                  const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& sums, int64_t out_features,
+                  std::optional<Activation> activation) {
   at::Tensor xc = x.contiguous();
   auto sizes = x.sizes().vec();
   sizes.back() = out_features;
   at::Tensor y = at::empty(sizes, x.options());
+  const int64_t K = x.size(-1) / (activation ? 2 : 1), M = K ? x.numel() / x.size(-1) : 0;
+  auto run = [&]<typename W, typename T>(W*, T*) {
+    check_linear(x, packed, bias, scales, sums, K, out_features, units_of<W>(K) * Format<W>::unit);
+    const T* rows = reinterpret_cast<const T*>(xc.const_data_ptr());
+    LinearCall<W, T> call{reinterpret_cast<const W*>(packed.const_data_ptr()), data_of<T>(bias), data_of<float>(scales),
+                          data_of<int32_t>(sums), nullptr, nullptr, reinterpret_cast<T*>(y.data_ptr()), M, out_features,
+                          units_of<W>(K)};
+    linear_of(call, activation ? gated(rows, M, K, *activation) : rows, K);
+  };
   MULTIBATCH_DISPATCH(x.scalar_type(), "packed_linear", {
-    const int64_t depth = Depth<T>::padded(x.size(-1));
-    TORCH_CHECK(packed.numel() == (out_features + kPanel - 1) / kPanel * kPanel * depth, "packed_linear: weight of ",
-                packed.numel(), " elements does not hold ", out_features, " x ", x.size(-1));
-    at::Tensor b = bias ? bias->contiguous() : at::Tensor();
-    linear_of<T>(xc, packed, bias ? reinterpret_cast<const T*>(b.const_data_ptr()) : nullptr, y);
+    if (packed.scalar_type() == at::kChar) {
+      run(static_cast<int8_t*>(nullptr), static_cast<T*>(nullptr));
+    } else {
+      run(static_cast<T*>(nullptr), static_cast<T*>(nullptr));
+    }
   });
   return y;
 }
 
-at::Tensor packed_embedding(const at::Tensor& ids, const at::Tensor& packed, int64_t num_embeddings,
-                            int64_t embedding_dim) {
+at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
+                         const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& sums,
+                         int64_t out_features) {
+  return linear(x, packed, bias, scales, sums, out_features, std::nullopt);
+}
+
+at::Tensor gated_linear(const at::Tensor& gate_up, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
+                        const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& sums,
+                        int64_t out_features, c10::string_view activation) {
+  TORCH_CHECK(activation == "silu" || activation == "gelu_tanh", "gated_linear: activation ", activation,
+              "; allowed: silu, gelu_tanh");
+  TORCH_CHECK(gate_up.size(-1) % 2 == 0, "gated_linear: the last dimension of [gate, up] is ", gate_up.size(-1),
+              "; allowed: even");
+  return linear(gate_up, packed, bias, scales, sums, out_features,
+                activation == "silu" ? Activation::silu : Activation::gelu_tanh);
+}
+
+at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilon, double offset, bool round_first) {
+  const int64_t n = x.size(-1), rows = n ? x.numel() / n : 0;
+  TORCH_CHECK(weight.numel() == n && weight.is_contiguous() && weight.scalar_type() == x.scalar_type(),
+              "rms_norm: the weight must be ", n, " contiguous elements of ", x.scalar_type());
+  at::Tensor xc = x.contiguous(), y = at::empty(x.sizes(), x.options());
+  const NormOptions options{static_cast<float>(epsilon), static_cast<float>(offset), round_first};
+  MULTIBATCH_DISPATCH(x.scalar_type(), "rms_norm", {
+    const T* from = reinterpret_cast<const T*>(xc.const_data_ptr());
+    const T* w = reinterpret_cast<const T*>(weight.const_data_ptr());
+    T* to = reinterpret_cast<T*>(y.data_ptr());
+    run_tiles(rows * n >= 16384, rows, [&](int64_t r) { rms_norm_row(from + r * n, w, to + r * n, n, options); });
+  });
+  return y;
+}
+
+at::Tensor chunk_maxima(const at::Tensor& scores, int64_t chunk) {
+  TORCH_CHECK(scores.dim() == 2 && scores.stride(1) == 1 && chunk >= 1, "chunk_maxima: scores of ", scores.sizes(),
+              " in chunks of ", chunk, "; allowed: [n, V] with V contiguous, 1 or more");
+  const int64_t n = scores.size(0), V = scores.size(1), chunks = (V + chunk - 1) / chunk, stride = scores.stride(0);
+  constexpr int64_t kChunksPerTile = 64;
+  const int64_t tiles = (chunks + kChunksPerTile - 1) / kChunksPerTile;
+  at::Tensor out = at::empty({n, chunks}, scores.options());
+  MULTIBATCH_DISPATCH(scores.scalar_type(), "chunk_maxima", {
+    const T* from = reinterpret_cast<const T*>(scores.const_data_ptr());
+    T* to = reinterpret_cast<T*>(out.data_ptr());
+    ThreadPool::instance().run(n * tiles, [&](int64_t tile) {
+      const int64_t row = tile / tiles, first = tile % tiles * kChunksPerTile;
+      for (int64_t c = first; c < std::min(first + kChunksPerTile, chunks); ++c)
+        to[row * chunks + c] =
+            static_cast<T>(maximum(from + row * stride + c * chunk, std::min(chunk, V - c * chunk)));
+    });
+  });
+  return out;
+}
+
+// Rows of a packed weight as floats: [ids, embedding_dim] of out's dtype.
+template <typename W, typename T>
+void embed(const int64_t* ids, int64_t num_ids, const W* packed, const float* scales, int64_t num_embeddings, int64_t K,
+           T* out) {
+  constexpr int unit = Format<W>::unit;
+  const int64_t depth = units_of<W>(K) * unit;
+  for (int64_t i = 0; i < num_ids; ++i) {
+    const int64_t id = ids[i];
+    TORCH_CHECK(id >= 0 && id < num_embeddings, "packed_embedding: token id ", id, " is outside the vocabulary of ",
+                num_embeddings);
+    const W* row = packed + id / kPanel * kPanel * depth + id % kPanel * unit;
+    for (int64_t k = 0; k < K; ++k) {
+      const W value = row[k / unit * unit * kPanel + k % unit];
+      if constexpr (std::is_same_v<W, T>) {
+        out[i * K + k] = value;
+      } else {
+        out[i * K + k] = static_cast<T>(scales[id] * static_cast<float>(value));
+      }
+    }
+  }
+}
+
+at::Tensor packed_embedding(const at::Tensor& ids, const at::Tensor& packed, const std::optional<at::Tensor>& scales,
+                            int64_t num_embeddings, int64_t embedding_dim, at::ScalarType dtype) {
   auto sizes = ids.sizes().vec();
   sizes.push_back(embedding_dim);
-  at::Tensor out = at::empty(sizes, packed.options());
+  at::Tensor out = at::empty(sizes, packed.options().dtype(dtype));
   at::Tensor flat = ids.to(at::kLong).contiguous();
   const int64_t* id = flat.const_data_ptr<int64_t>();
-  MULTIBATCH_DISPATCH(packed.scalar_type(), "packed_embedding", {
-    constexpr int step = Depth<T>::step;
-    const int64_t depth = Depth<T>::padded(embedding_dim);
-    const T* w = reinterpret_cast<const T*>(packed.const_data_ptr());
+  const bool is_int8 = packed.scalar_type() == at::kChar;
+  TORCH_CHECK(is_int8 ? scales.has_value() : packed.scalar_type() == dtype, "packed_embedding: a weight of ",
+              packed.scalar_type(), is_int8 ? " needs scales" : " gives no rows of another dtype");
+  MULTIBATCH_DISPATCH(dtype, "packed_embedding", {
     T* to = reinterpret_cast<T*>(out.data_ptr());
-    for (int64_t i = 0; i < flat.numel(); ++i) {
-      TORCH_CHECK(id[i] >= 0 && id[i] < num_embeddings, "packed_embedding: token id ", id[i],
-                  " is outside the vocabulary of ", num_embeddings);
-      const T* row = w + id[i] / kPanel * kPanel * depth + id[i] % kPanel * step;
-      for (int64_t k = 0; k < embedding_dim; ++k) to[i * embedding_dim + k] = row[k / step * step * kPanel + k % step];
+    if (is_int8) {
+      embed(id, flat.numel(), packed.const_data_ptr<int8_t>(), data_of<float>(scales), num_embeddings, embedding_dim, to);
+    } else {
+      embed(id, flat.numel(), reinterpret_cast<const T*>(packed.const_data_ptr()), nullptr, num_embeddings,
+            embedding_dim, to);
     }
   });
   return out;
@@ -326,6 +446,9 @@ int64_t set_num_threads(int64_t num_threads) {
 
 TORCH_LIBRARY_IMPL(multibatch, CPU, library) {
   library.impl("packed_linear", multibatch::packed_linear);
+  library.impl("gated_linear", multibatch::gated_linear);
+  library.impl("rms_norm", multibatch::rms_norm);
+  library.impl("chunk_maxima", multibatch::chunk_maxima);
   library.impl("packed_embedding", multibatch::packed_embedding);
   library.impl("paged_attention", multibatch::paged_attention);
 }

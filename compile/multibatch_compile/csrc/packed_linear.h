@@ -1,16 +1,22 @@
 // y = x W^T + b with W packed once into panels of 32 outputs, for few rows (decode) and many (prefill).
 //
-// Layout (multibatch_compile/packing.py writes it): bfloat16 [N/32, K/2, 32, 2], float32 and float16 [N/32, K, 32],
-// N and K rounded up with zeros. A panel is one contiguous stream, read once for up to kMaxRows rows of x.
-// Each output adds its K products in the same order whatever the number of rows, so a row's result has the same
-// bits in every batch size.
+// Layout of W (multibatch_compile/packing.py writes it), N and K rounded up with zeros: float32 and float16
+// [N/32, K, 32], bfloat16 [N/32, K/2, 32, 2], int8 [N/32, K/4, 32, 4]. A panel is one contiguous stream.
+// x is laid out anew for each call in groups of up to kMaxRows rows, [inputs, rows of the group], so that the
+// micro-kernel reads two streams and nothing else.
+// Each output adds its K products in one order whatever the number of rows, so a row's result has the same bits in
+// every batch size.
 #pragma once
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <type_traits>
+#include <vector>
 
+#include "elementwise.h"
 #include "numeric.h"
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
 #include <immintrin.h>
 #endif
 
@@ -31,70 +37,92 @@ constexpr bool kDotBf16 = true;
 constexpr bool kDotBf16 = false;
 #endif
 
-// What the micro-kernel reads x as: bfloat16 pairs where there is a dot product for them, else floats.
+// How a weight type is multiplied. A unit is the inputs that lie side by side in the packed weight; a lane is four
+// bytes of one row of x: a float, or as many inputs as one dot-product instruction takes.
 template <typename W>
-using Operand = std::conditional_t<kDotBf16 && std::is_same_v<W, c10::BFloat16>, c10::BFloat16, float>;
-
-template <typename W>
-struct Depth {
-  static constexpr int step = std::is_same_v<W, c10::BFloat16> ? 2 : 1;  // inputs that lie side by side
-  static int64_t padded(int64_t k) { return (k + step - 1) / step * step; }
+struct Format {
+  using Lane = float;
+  using Acc = f32x16;
+  static constexpr int unit = 1;
+  static constexpr int lanes = 1;  // per unit
+};
+template <>
+struct Format<c10::BFloat16> {
+  using Lane = std::conditional_t<kDotBf16, uint32_t, float>;
+  using Acc = f32x16;
+  static constexpr int unit = 2;
+  static constexpr int lanes = kDotBf16 ? 1 : 2;
+};
+template <>
+struct Format<int8_t> {
+  using Lane = uint32_t;  // four inputs, each 128 + a signed byte
+  using Acc = i32x16;
+  static constexpr int unit = 4;
+  static constexpr int lanes = 1;
 };
 
+template <typename W>
+int64_t units_of(int64_t k) {
+  return (k + Format<W>::unit - 1) / Format<W>::unit;
+}
+
+inline void prefetch_panel(const void* w) {
+  __builtin_prefetch(static_cast<const char*>(w) + kPrefetchBytes);
+}
+
 template <int R>
-inline void fma_rows(f32x16 (&acc)[R][2], const float* x, int64_t ldx, f32x16 w0, f32x16 w1) {
+inline void fma_rows(f32x16 (&acc)[R][2], const float* x, f32x16 w0, f32x16 w1) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    f32x16 s = splat(x[r * ldx]);
+    f32x16 s = splat(x[r]);
     acc[r][0] += s * w0;
     acc[r][1] += s * w1;
   }
 }
 
+// panel_product: acc[R][32] += x[units, R] . w[units, 32].
+
 template <int R>
-inline void panel_product(const float* w, const float* x, int64_t ldx, int64_t k, f32x16 (&acc)[R][2]) {
-  for (int64_t i = 0; i < k; ++i, w += kPanel) {
-    __builtin_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes);
-    __builtin_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes + 64);
-    fma_rows<R>(acc, x + i, ldx, load_vector<f32x16>(w), load_vector<f32x16>(w + 16));
+inline void panel_product(const float* w, const float* x, int64_t units, f32x16 (&acc)[R][2]) {
+  for (int64_t i = 0; i < units; ++i, w += kPanel, x += R) {
+    prefetch_panel(w);
+    prefetch_panel(w + 16);
+    fma_rows<R>(acc, x, load_vector<f32x16>(w), load_vector<f32x16>(w + 16));
   }
 }
 
 template <int R>
-inline void panel_product(const c10::Half* w, const float* x, int64_t ldx, int64_t k, f32x16 (&acc)[R][2]) {
-  for (int64_t i = 0; i < k; ++i, w += kPanel) {
-    __builtin_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes);
+inline void panel_product(const c10::Half* w, const float* x, int64_t units, f32x16 (&acc)[R][2]) {
+  for (int64_t i = 0; i < units; ++i, w += kPanel, x += R) {
+    prefetch_panel(w);
     alignas(64) float wide[kPanel];
     floats_from(w, wide, kPanel);
-    fma_rows<R>(acc, x + i, ldx, load_vector<f32x16>(wide), load_vector<f32x16>(wide + 16));
+    fma_rows<R>(acc, x, load_vector<f32x16>(wide), load_vector<f32x16>(wide + 16));
   }
 }
 
 template <int R>
-inline void panel_product(const c10::BFloat16* w, const float* x, int64_t ldx, int64_t k, f32x16 (&acc)[R][2]) {
-  for (int64_t i = 0; i < k; i += 2, w += 2 * kPanel) {
-    __builtin_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes);
-    __builtin_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes + 64);
+inline void panel_product(const c10::BFloat16* w, const float* x, int64_t units, f32x16 (&acc)[R][2]) {
+  for (int64_t i = 0; i < units; ++i, w += 2 * kPanel, x += 2 * R) {
+    prefetch_panel(w);
+    prefetch_panel(w + kPanel);
     u32x16 p0 = load_vector<u32x16>(w), p1 = load_vector<u32x16>(w + kPanel);
     u32x16 even0 = p0 << 16, even1 = p1 << 16, odd0 = p0 & 0xffff0000u, odd1 = p1 & 0xffff0000u;
-    fma_rows<R>(acc, x + i, ldx, load_vector<f32x16>(&even0), load_vector<f32x16>(&even1));
-    fma_rows<R>(acc, x + i + 1, ldx, load_vector<f32x16>(&odd0), load_vector<f32x16>(&odd1));
+    fma_rows<R>(acc, x, load_vector<f32x16>(&even0), load_vector<f32x16>(&even1));
+    fma_rows<R>(acc, x + R, load_vector<f32x16>(&odd0), load_vector<f32x16>(&odd1));
   }
 }
 
 #ifdef __AVX512BF16__
 template <int R>
-inline void panel_product(const c10::BFloat16* w, const c10::BFloat16* x, int64_t ldx, int64_t k,
-                          f32x16 (&acc)[R][2]) {
-  for (int64_t i = 0; i < k; i += 2, w += 2 * kPanel) {
-    __builtin_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes);
-    __builtin_prefetch(reinterpret_cast<const char*>(w) + kPrefetchBytes + 64);
+inline void panel_product(const c10::BFloat16* w, const uint32_t* x, int64_t units, f32x16 (&acc)[R][2]) {
+  for (int64_t i = 0; i < units; ++i, w += 2 * kPanel, x += R) {
+    prefetch_panel(w);
+    prefetch_panel(w + kPanel);
     __m512bh w0 = load_vector<__m512bh>(w), w1 = load_vector<__m512bh>(w + kPanel);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      uint32_t pair;
-      std::memcpy(&pair, x + r * ldx + i, 4);
-      __m512bh s = (__m512bh)_mm512_set1_epi32(static_cast<int>(pair));
+      __m512bh s = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[r]));
       acc[r][0] = (f32x16)_mm512_dpbf16_ps((__m512)acc[r][0], s, w0);
       acc[r][1] = (f32x16)_mm512_dpbf16_ps((__m512)acc[r][1], s, w1);
     }
@@ -102,42 +130,227 @@ inline void panel_product(const c10::BFloat16* w, const c10::BFloat16* x, int64_
 }
 #endif
 
-template <typename T, int R>
-void panel_rows(const T* panel, const Operand<T>* x, int64_t ldx, int64_t k, const T* bias, T* y, int64_t ldy,
-                int64_t num_outputs) {
-  f32x16 acc[R][2] = {};
-  panel_product<R>(panel, x, ldx, k, acc);
-  alignas(64) float bias32[kPanel] = {};
-  if (bias) floats_from(bias, bias32, num_outputs);
+// Sum over the four bytes of each lane: unsigned x times signed w, without saturation.
+inline i32x16 dot_bytes(i32x16 acc, uint32_t x, i32x16 w) {
+#ifdef __AVX512VNNI__
+  return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(static_cast<int>(x)), (__m512i)w);
+#else
+  for (int q = 0; q < 4; ++q) acc += ((w << (24 - 8 * q)) >> 24) * static_cast<int32_t>((x >> (8 * q)) & 0xffu);
+  return acc;
+#endif
+}
+
+template <int R>
+inline void panel_product(const int8_t* w, const uint32_t* x, int64_t units, i32x16 (&acc)[R][2]) {
+  for (int64_t i = 0; i < units; ++i, w += 4 * kPanel, x += R) {
+    prefetch_panel(w);
+    prefetch_panel(w + 2 * kPanel);
+    i32x16 w0 = load_vector<i32x16>(w), w1 = load_vector<i32x16>(w + 2 * kPanel);
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      acc[r][0] = dot_bytes(acc[r][0], x[r], w0);
+      acc[r][1] = dot_bytes(acc[r][1], x[r], w1);
+    }
+  }
+}
+
+// One call of the operator. T: dtype of x, b and y; W: of the packed weight, T or int8.
+template <typename W, typename T>
+struct LinearCall {
+  using Lane = typename Format<W>::Lane;
+  const W* packed;
+  const T* bias;           // [N] or null
+  const float* scales;     // int8: [N], weight = scale * byte
+  const int32_t* sums;     // int8: [N], the sum of an output's bytes
+  const Lane* x;           // groups of rows, [units * lanes, rows of the group]
+  const float* x_scales;   // int8: [M]
+  T* y;                    // [M, N]
+  int64_t M, N, units;
+};
+
+// Rows of a call in groups of nearly equal size.
+struct Groups {
+  int64_t num_rows, count;
+  explicit Groups(int64_t m) : num_rows(m), count((m + kMaxRows - 1) / kMaxRows) {}
+  int64_t start(int64_t g) const { return g * (num_rows / count) + std::min(g, num_rows % count); }
+  int size(int64_t g) const { return static_cast<int>(start(g + 1) - start(g)); }
+};
+
+template <int R, typename T>
+inline void finish_rows(const LinearCall<T, T>& c, int64_t panel, int64_t row, const f32x16 (&acc)[R][2]) {
+  const int64_t first = panel * kPanel, n = std::min<int64_t>(kPanel, c.N - first);
+  alignas(64) float bias[kPanel] = {};
+  if (c.bias) floats_from(c.bias + first, bias, n);
   for (int r = 0; r < R; ++r) {
     alignas(64) float out[kPanel];
-    store_vector(out, acc[r][0] + load_vector<f32x16>(bias32));
-    store_vector(out + 16, acc[r][1] + load_vector<f32x16>(bias32 + 16));
-    floats_to(out, y + r * ldy, num_outputs);
+    store_vector(out, acc[r][0] + load_vector<f32x16>(bias));
+    store_vector(out + 16, acc[r][1] + load_vector<f32x16>(bias + 16));
+    floats_to(out, c.y + (row + r) * c.N + first, n);
   }
 }
 
-template <typename T, int R = kMaxRows>
-void panel_rows_of(int rows, const T* panel, const Operand<T>* x, int64_t ldx, int64_t k, const T* bias, T* y,
-                   int64_t ldy, int64_t num_outputs) {
+template <int R, typename T>
+inline void finish_rows(const LinearCall<int8_t, T>& c, int64_t panel, int64_t row, const i32x16 (&acc)[R][2]) {
+  const int64_t first = panel * kPanel, n = std::min<int64_t>(kPanel, c.N - first);
+  alignas(64) float bias[kPanel] = {}, scale[kPanel] = {};
+  alignas(64) int32_t excess[kPanel] = {};
+  if (c.bias) floats_from(c.bias + first, bias, n);
+  std::copy(c.scales + first, c.scales + first + n, scale);
+  for (int64_t i = 0; i < n; ++i) excess[i] = 128 * c.sums[first + i];
+  for (int r = 0; r < R; ++r) {
+    alignas(64) float out[kPanel];
+    for (int half = 0; half < 2; ++half) {
+      i32x16 exact = acc[r][half] - load_vector<i32x16>(excess + 16 * half);
+      f32x16 value = __builtin_convertvector(exact, f32x16);
+      value = value * (load_vector<f32x16>(scale + 16 * half) * c.x_scales[row + r]);
+      store_vector(out + 16 * half, value + load_vector<f32x16>(bias + 16 * half));
+    }
+    floats_to(out, c.y + (row + r) * c.N + first, n);
+  }
+}
+
+// Units [from, to) of one panel for one group of R rows. `carry` holds the group's sums between two ranges of units.
+template <int R, typename W, typename T>
+void panel_rows(const LinearCall<W, T>& c, int64_t panel, int64_t row, int64_t from, int64_t to,
+                typename Format<W>::Acc* carry) {
+  using Acc = typename Format<W>::Acc;
+  constexpr int unit = Format<W>::unit, lanes = Format<W>::lanes;
+  Acc acc[R][2] = {};
+  if (from) std::memcpy(acc, carry, sizeof(acc));
+  const W* w = c.packed + (panel * c.units + from) * kPanel * unit;
+  panel_product<R>(w, c.x + (row * c.units + from * R) * lanes, to - from, acc);
+  if (to < c.units) {
+    std::memcpy(carry, acc, sizeof(acc));
+  } else {
+    finish_rows<R>(c, panel, row, acc);
+  }
+}
+
+template <typename W, typename T, int R = kMaxRows>
+void panel_rows_of(int rows, const LinearCall<W, T>& c, int64_t panel, int64_t row, int64_t from, int64_t to,
+                   typename Format<W>::Acc* carry) {
   if constexpr (R > 0) {
-    if (rows == R) return panel_rows<T, R>(panel, x, ldx, k, bias, y, ldy, num_outputs);
-    panel_rows_of<T, R - 1>(rows, panel, x, ldx, k, bias, y, ldy, num_outputs);
+    if (rows == R) return panel_rows<R>(c, panel, row, from, to, carry);
+    panel_rows_of<W, T, R - 1>(rows, c, panel, row, from, to, carry);
   }
 }
 
-// One tile: the 32 outputs of panel `p` for all M rows. x: [M, ldx] operands; y: [M, N].
+// How a call is cut into tiles. Few rows: a panel each, read from memory once; a second group follows the first over
+// ranges that stay in the first-level cache. Many: a block of rows by a few panels, over ranges that keep both in the
+// core's own caches.
+struct Tiling {
+  static constexpr int64_t kFewGroups = 2, kFewUnits = 128, kBlockGroups = 8, kBlockPanels = 4, kBlockLanes = 384;
+  Groups groups;
+  int64_t panels, panels_per_tile, groups_per_tile, row_blocks;
+  Tiling(int64_t m, int64_t n) : groups(m), panels((n + kPanel - 1) / kPanel) {
+    const bool few = groups.count <= kFewGroups;
+    panels_per_tile = few ? 1 : kBlockPanels;
+    groups_per_tile = few ? groups.count : kBlockGroups;
+    row_blocks = (groups.count + groups_per_tile - 1) / groups_per_tile;
+  }
+  // Tiles that share panels follow each other, so that the panels are still in the shared cache.
+  int64_t count() const { return (panels + panels_per_tile - 1) / panels_per_tile * row_blocks; }
+};
+
+template <typename W, typename T>
+void linear_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t tile) {
+  using Acc = typename Format<W>::Acc;
+  static thread_local std::vector<Acc> carry;
+  const int64_t p0 = tile / tiling.row_blocks * tiling.panels_per_tile;
+  const int64_t p1 = std::min(p0 + tiling.panels_per_tile, tiling.panels);
+  const int64_t g0 = tile % tiling.row_blocks * tiling.groups_per_tile;
+  const int64_t g1 = std::min(g0 + tiling.groups_per_tile, tiling.groups.count);
+  const bool few = tiling.groups.count <= Tiling::kFewGroups;
+  int64_t range = few ? Tiling::kFewUnits : Tiling::kBlockLanes / Format<W>::lanes;
+  if (tiling.groups.count == 1) range = std::max<int64_t>(c.units, 1);
+  carry.resize(Tiling::kBlockPanels * Tiling::kBlockGroups * kMaxRows * 2);
+  for (int64_t from = 0; from == 0 || from < c.units; from += range)
+    for (int64_t p = p0; p < p1; ++p)
+      for (int64_t g = g0; g < g1; ++g) {
+        Acc* held = carry.data() + ((p - p0) * Tiling::kBlockGroups + (g - g0)) * kMaxRows * 2;
+        panel_rows_of<W, T>(tiling.groups.size(g), c, p, tiling.groups.start(g), from,
+                            std::min(from + range, c.units), held);
+      }
+}
+
+// Lays inputs [from, to) of a group's rows out for the micro-kernel: converts a stretch of a row at a time, which is
+// vector code, then deals it out. x: [M, K]; `from` and `to` count lanes.
+template <typename Lane>
+inline void deal(const Lane* stretch, int64_t n, int rows, Lane* out) {
+  if (rows == 1) {
+    std::copy(stretch, stretch + n, out);
+  } else {
+    for (int64_t i = 0; i < n; ++i) out[i * rows] = stretch[i];
+  }
+}
+
+template <typename W, typename T>
+void pack_rows(const T* x, int64_t K, int64_t row, int rows, int64_t from, int64_t to, float* out) {
+  alignas(64) float stretch[kStretch];
+  for (int r = 0; r < rows; ++r)
+    for (int64_t k = from; k < to; k += kStretch) {
+      const int64_t n = std::min(kStretch, to - k), live = std::clamp<int64_t>(K - k, 0, n);
+      floats_from(x + (row + r) * K + k, stretch, live);
+      std::fill(stretch + live, stretch + n, 0.0f);
+      deal(stretch, n, rows, out + k * rows + r);
+    }
+}
+
+template <typename W, typename T>
+void pack_rows(const T* x, int64_t K, int64_t row, int rows, int64_t from, int64_t to, uint32_t* out) {
+  alignas(64) uint32_t stretch[kStretch];
+  for (int r = 0; r < rows; ++r)
+    for (int64_t u = from; u < to; u += kStretch) {
+      const int64_t n = std::min(kStretch, to - u), live = std::clamp<int64_t>(K - 2 * u, 0, 2 * n);
+      stretch[n - 1] = 0;
+      std::memcpy(stretch, x + (row + r) * K + 2 * u, live * sizeof(T));
+      deal(stretch, n, rows, out + u * rows + r);
+    }
+}
+
+// Symmetric scale of one row: its largest magnitude becomes 127. NaN where the row is not finite, so that what follows is.
 template <typename T>
-void linear_panel(int64_t p, const T* packed, const Operand<T>* x, int64_t ldx, const T* bias, T* y, int64_t M,
-                  int64_t N, int64_t K) {
-  const int64_t depth = Depth<T>::padded(K);
-  const int64_t num_outputs = std::min<int64_t>(kPanel, N - p * kPanel);
-  const int64_t groups = (M + kMaxRows - 1) / kMaxRows;
-  for (int64_t g = 0, row = 0; g < groups; ++g) {
-    const int64_t rows = (M - row + (groups - g) - 1) / (groups - g);  // groups of nearly equal size
-    panel_rows_of<T>(static_cast<int>(rows), packed + p * depth * kPanel, x + row * ldx, ldx, depth,
-                     bias ? bias + p * kPanel : nullptr, y + row * N + p * kPanel, N, num_outputs);
-    row += rows;
+float row_scale(const T* x, int64_t K) {
+  alignas(64) float stretch[kStretch];
+  f32x16 largest{};
+  bool finite = true;
+  for (int64_t k = 0; k < K; k += kStretch) {
+    const int64_t n = std::min(kStretch, K - k);
+    std::fill(stretch + n / 16 * 16, stretch + std::min(kStretch, (n + 15) / 16 * 16), 0.0f);
+    floats_from(x + k, stretch, n);
+    i32x16 wrong{};
+    for (int64_t i = 0; i < n; i += 16) {
+      f32x16 v = load_vector<f32x16>(stretch + i);
+      f32x16 magnitude = v < 0.0f ? -v : v;
+      wrong |= ~(magnitude <= std::numeric_limits<float>::max());
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    for (int i = 0; i < 16; ++i) finite = finite && wrong[i] == 0;
+  }
+  return finite ? max(largest) / 127.0f : std::numeric_limits<float>::quiet_NaN();
+}
+
+// Rounds half to even by adding 1.5 * 2^23, whose last bits then hold the integer. Divides, and does not multiply by the
+// inverse: numbers of few bits lie between two integers often, and must go where the reference sends them.
+template <typename T>
+void quantize_rows(const T* x, int64_t K, int64_t row, int rows, int64_t from, int64_t to, const float* scales,
+                   uint32_t* out) {
+  using bytes = uint8_t __attribute__((vector_size(16)));
+  alignas(64) float stretch[kStretch];
+  alignas(64) uint32_t quads[kStretch / 4];
+  for (int r = 0; r < rows; ++r) {
+    const float scale = scales[row + r] > 0.0f ? scales[row + r] : 1.0f;
+    for (int64_t u = from; u < to; u += kStretch / 4) {
+      const int64_t n = std::min(kStretch / 4, to - u), live = std::clamp<int64_t>(K - 4 * u, 0, 4 * n);
+      std::fill(stretch, stretch + kStretch, 0.0f);
+      floats_from(x + (row + r) * K + 4 * u, stretch, live);
+      for (int64_t i = 0; i < 4 * n; i += 16) {
+        f32x16 shifted = load_vector<f32x16>(stretch + i) / scale + 12582912.0f;
+        i32x16 bits = load_vector<i32x16>(&shifted);
+        store_vector(reinterpret_cast<char*>(quads) + i, __builtin_convertvector(bits + 128, bytes));
+      }
+      deal(quads, n, rows, out + u * rows + r);
+    }
   }
 }
 

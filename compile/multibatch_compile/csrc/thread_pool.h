@@ -6,6 +6,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <functional>
@@ -63,7 +64,8 @@ class ThreadPool {
 
  private:
   static constexpr uint64_t kNext = 0xffffffffu;
-  static constexpr int kSpins = 20000;  // about 0.3 ms: longer than the gaps between two operations of a step
+  // Longer than the gaps between two operations of a step, shorter than what a neighbour would miss.
+  static constexpr std::chrono::microseconds kSpin{300};
 
   bool has_tiles() const {
     uint64_t t = ticket_.load(std::memory_order_seq_cst);
@@ -84,11 +86,7 @@ class ThreadPool {
   void work() {
     while (true) {
       take_tiles();
-      int spins = 0;
-      while (!has_tiles() && spins < kSpins && !stopping_.load(std::memory_order_relaxed)) {
-        cpu_relax();
-        ++spins;
-      }
+      spin();
       if (has_tiles()) continue;
       std::unique_lock<std::mutex> lock(sleep_mutex_);
       sleepers_.fetch_add(1, std::memory_order_seq_cst);
@@ -96,6 +94,17 @@ class ThreadPool {
       sleepers_.fetch_sub(1, std::memory_order_seq_cst);
       if (stopping_.load()) return;
     }
+  }
+
+  // Waits for work without giving the core away, for a while.
+  void spin() const {
+    const auto until = std::chrono::steady_clock::now() + kSpin;
+    do {
+      for (int i = 0; i < 32; ++i) {  // a pause takes 4 to 140 cycles, by processor
+        if (has_tiles() || stopping_.load(std::memory_order_relaxed)) return;
+        cpu_relax();
+      }
+    } while (std::chrono::steady_clock::now() < until);
   }
 
   void stop() {

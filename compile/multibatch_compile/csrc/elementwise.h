@@ -1,0 +1,111 @@
+// What stands between the linear layers: RMS normalisation and gated activations. Row by row, in a fixed order of
+// additions, so that a row has the same bits in every batch size.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#include "numeric.h"
+
+namespace multibatch {
+
+constexpr int64_t kStretch = 256;  // elements that are converted to floats at a time
+
+// Rounds floats to T and back: what storing an intermediate result does.
+template <typename T>
+inline void round_to(float* values, int64_t n) {
+  if constexpr (!std::is_same_v<T, float>) {
+    T narrow[kStretch];
+    floats_to(values, narrow, n);
+    floats_from(narrow, values, n);
+  }
+}
+
+struct NormOptions {
+  float epsilon;
+  float offset;      // added to the weight: 1 where the weight is stored as a difference from 1 (Gemma)
+  bool round_first;  // the normalised value is rounded to T before it meets the weight (Llama)
+};
+
+// y = x / sqrt(mean(x^2) + epsilon) * (weight + offset), for one row of n elements.
+template <typename T>
+void rms_norm_row(const T* x, const T* weight, T* y, int64_t n, NormOptions o) {
+  alignas(64) float stretch[kStretch], scale[kStretch];
+  f32x16 squares{};
+  for (int64_t k = 0; k < n; k += kStretch) {
+    const int64_t live = std::min(kStretch, n - k);
+    std::fill(stretch + live / 16 * 16, stretch + std::min(kStretch, (live + 15) / 16 * 16), 0.0f);
+    floats_from(x + k, stretch, live);
+    for (int64_t i = 0; i < live; i += 16) {
+      f32x16 v = load_vector<f32x16>(stretch + i);
+      squares += v * v;
+    }
+  }
+  const float inverse = 1.0f / std::sqrt(sum(squares) / static_cast<float>(n) + o.epsilon);
+  for (int64_t k = 0; k < n; k += kStretch) {
+    const int64_t live = std::min(kStretch, n - k);
+    floats_from(x + k, stretch, live);
+    floats_from(weight + k, scale, live);
+    for (int64_t i = 0; i < live; ++i) stretch[i] *= inverse;
+    if (o.round_first) round_to<T>(stretch, live);
+    for (int64_t i = 0; i < live; ++i) stretch[i] *= scale[i] + o.offset;
+    floats_to(stretch, y + k, live);
+  }
+}
+
+// The largest of n numbers; NaN where there is one among them.
+template <typename T>
+float maximum(const T* x, int64_t n) {
+  alignas(64) float stretch[kStretch];
+  f32x16 largest = splat(-std::numeric_limits<float>::infinity());
+  bool nan = false;
+  for (int64_t k = 0; k < n; k += kStretch) {
+    const int64_t live = std::min(kStretch, n - k);
+    floats_from(x + k, stretch, live);
+    std::fill(stretch + live, stretch + (live + 15) / 16 * 16, stretch[0]);
+    i32x16 wrong{};
+    for (int64_t i = 0; i < live; i += 16) {
+      f32x16 v = load_vector<f32x16>(stretch + i);
+      wrong |= v != v;
+      largest = v > largest ? v : largest;
+    }
+    for (int i = 0; i < 16; ++i) nan = nan || wrong[i] != 0;
+  }
+  return nan ? std::numeric_limits<float>::quiet_NaN() : max(largest);
+}
+
+enum class Activation { silu, gelu_tanh };
+
+// x * sigmoid(x), through e^-|x| so that nothing overflows.
+inline f32x16 silu(f32x16 x) {
+  f32x16 e = exp_nonpositive(x < 0.0f ? x : -x);
+  return x * (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
+}
+
+// GELU's tanh form (Hendrycks and Gimpel 2016).
+inline f32x16 gelu_tanh(f32x16 x) {
+  f32x16 u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
+  f32x16 e = exp_nonpositive(-2.0f * (u < 0.0f ? -u : u));
+  f32x16 t = (1.0f - e) / (1.0f + e);
+  return 0.5f * x * (1.0f + (u < 0.0f ? -t : t));
+}
+
+// out = activation(gate) * up, rounded to T after each, for up to kStretch elements.
+template <typename T>
+void gate_stretch(const T* gate, const T* up, T* out, int64_t n, Activation activation) {
+  alignas(64) float a[kStretch], b[kStretch];
+  std::fill(a + n / 16 * 16, a + kStretch, 0.0f);
+  floats_from(gate, a, n);
+  floats_from(up, b, n);
+  for (int64_t i = 0; i < n; i += 16) {
+    f32x16 x = load_vector<f32x16>(a + i);
+    store_vector(a + i, activation == Activation::silu ? silu(x) : gelu_tanh(x));
+  }
+  round_to<T>(a, n);
+  for (int64_t i = 0; i < n; ++i) a[i] *= b[i];
+  floats_to(a, out, n);
+}
+
+}  // namespace multibatch

@@ -1,0 +1,147 @@
+"""Finds, by what they compute and never by name, parts of a model that the operators do in one go."""
+
+from __future__ import annotations
+
+import copy
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from multibatch import reference
+
+_ACTIVATIONS = {
+    (torch.ops.aten.silu.default, ()): "silu",
+    (torch.ops.aten.gelu.default, (("approximate", "tanh"),)): "gelu_tanh",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class NormOptions:
+    """The arguments of `reference.rms_norm` besides x and the weight."""
+
+    epsilon: float
+    offset: float
+    round_first: bool
+
+
+class PackedNorm(nn.Module):
+    """RMS normalisation by the operator."""
+
+    def __init__(self, weight: nn.Parameter, options: NormOptions) -> None:
+        super().__init__()
+        self.weight = weight
+        self.options = options
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., n] -> [..., n]."""
+        o = self.options
+        y: torch.Tensor = torch.ops.multibatch.rms_norm(x, self.weight, o.epsilon, o.offset, o.round_first)
+        return y
+
+
+def replace_norms(model: nn.Module) -> None:
+    """Puts the operator in place of every module that computes an RMS normalisation."""
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            options = norm_options(child)
+            if options is not None:
+                setattr(parent, name, PackedNorm(child.weight, options))  # type: ignore[arg-type]
+
+
+def norm_options(module: nn.Module) -> NormOptions | None:
+    """With which options `reference.rms_norm` gives what the module gives; None where it is something else.
+
+    The module runs on random numbers with a random weight, so one without memory for its weights will do.
+    """
+    weight = module._parameters.get("weight")
+    alone = set(module._parameters) == {"weight"} and not module._buffers and not list(module.children())
+    if not alone or weight is None or weight.ndim != 1:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = (torch.randn((4, 5, weight.shape[0]), generator=generator) * 3).to(weight.dtype)
+    sample = (torch.rand(weight.shape, generator=generator) + 0.5).to(weight.dtype)
+    twin = copy.copy(module)
+    twin._parameters = {"weight": nn.Parameter(sample, requires_grad=False)}
+    try:
+        with torch.inference_mode():
+            expected: Any = twin(x)
+    except (TypeError, ValueError, RuntimeError, AttributeError, NotImplementedError):
+        return None  # it takes something else than one tensor, so it is no normalisation
+    if not isinstance(expected, torch.Tensor) or expected.shape != x.shape or expected.dtype != x.dtype:
+        return None
+    candidates = [
+        NormOptions(epsilon, offset, round_first)
+        for epsilon in sorted({v for v in vars(module).values() if isinstance(v, float)})
+        for offset in (0.0, 1.0)
+        for round_first in (True, False)
+    ]
+    error = {o: _error(x, sample, expected, o) for o in candidates}
+    best = min(candidates, key=error.__getitem__, default=None)
+    return best if best is not None and error[best] <= 4 * torch.finfo(x.dtype).eps else None
+
+
+def _error(x: torch.Tensor, weight: torch.Tensor, expected: torch.Tensor, options: NormOptions) -> float:
+    got = reference.rms_norm(x, weight, options.epsilon, options.offset, options.round_first)
+    return float(((got.float() - expected.float()).abs() / (expected.float().abs() + 1e-3)).max())
+
+
+def fuse_gates(graph: fx.Graph) -> int:
+    """Rewrites linear(activation(gate) * up), with gate and up the halves of one tensor, as one operator.
+
+    Returns:
+        How many were rewritten.
+    """
+    count = 0
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.multibatch.packed_linear.default:
+            continue
+        found = _gate_of(node.args[0])
+        if found is None:
+            continue
+        gate_up, activation = found
+        with graph.inserting_before(node):
+            fused = graph.call_function(
+                torch.ops.multibatch.gated_linear.default, (gate_up, *node.args[1:], activation), dict(node.kwargs)
+            )
+        fused.meta = dict(node.meta)
+        node.replace_all_uses_with(fused)
+        graph.erase_node(node)
+        count += 1
+    graph.eliminate_dead_code()
+    return count
+
+
+def _gate_of(product: Any) -> tuple[fx.Node, str] | None:
+    if not _is(product, torch.ops.aten.mul.Tensor):
+        return None
+    for activated, up in (product.args, product.args[::-1]):
+        key = (getattr(activated, "target", None), tuple(getattr(activated, "kwargs", {}).items()))
+        if key in _ACTIVATIONS and len(activated.args) == 1:
+            source = _halves(activated.args[0], up)
+            if source is not None:
+                return source, _ACTIVATIONS[key]
+    return None
+
+
+def _halves(gate: Any, up: Any) -> fx.Node | None:
+    """The tensor whose last dimension is [gate, up] in equal parts."""
+    if not (_is(gate, operator.getitem) and _is(up, operator.getitem)):
+        return None
+    source, first = gate.args
+    other, second = up.args
+    if source is not other or (first, second) != (0, 1):
+        return None
+    split_with_sizes, split = torch.ops.aten.split_with_sizes.default, torch.ops.aten.split.Tensor
+    if not (_is(source, split_with_sizes) or _is(source, split)):
+        return None
+    whole, sizes = source.args[0], [part.shape[-1] for part in source.meta["val"]]
+    dim = source.args[2] if len(source.args) > 2 else source.kwargs.get("dim", 0)
+    last = dim in (-1, whole.meta["val"].ndim - 1)
+    return whole if last and len(sizes) == 2 and sizes[0] == sizes[1] else None
+
+
+def _is(node: Any, target: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target is target

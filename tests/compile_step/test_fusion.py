@@ -1,0 +1,139 @@
+"""What is found in a model by what it computes, and what is left alone because it computes something else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from multibatch.backends.flat_model import REFERENCE_ATTENTION, FlatDecoder
+from multibatch_compile.fusion import NormOptions, fuse_gates, norm_options
+from multibatch_compile.model import find_fused
+from multibatch_compile.packing import PackedLinear, Packing, pack, packed_shape
+
+
+class Scaled(nn.Module):
+    """One weight and an epsilon, and no normalisation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(24))
+        self.eps = 1e-6
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * self.weight + self.eps
+
+
+class Gate(nn.Module):
+    """A gated layer over halves of one tensor, with what may be wrong about it."""
+
+    def __init__(self, *, swapped: bool = False, sizes: tuple[int, int] = (16, 16), activation: str = "silu") -> None:
+        super().__init__()
+        self.swapped, self.sizes, self.activation = swapped, sizes, activation
+        self.down = PackedLinear(torch.randn(8, 16), None, "none")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, up = x.split(list(self.sizes), dim=-1)
+        if self.swapped:
+            gate, up = up, gate
+        act = {"silu": nn.functional.silu, "gelu": nn.functional.gelu, "tanh": torch.tanh}[self.activation]
+        y: torch.Tensor = self.down(act(gate) * up)
+        return y
+
+
+def tiny(name: str, **options: Any) -> Any:
+    import transformers
+
+    base = {
+        "vocab_size": 64,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    config = getattr(transformers, f"{name}Config")(**base, **options)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_of_models_are_recognised(dtype: torch.dtype) -> None:
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    llama = norm_options(LlamaRMSNorm(96, eps=3e-5).to(dtype))
+    gemma = norm_options(Gemma2RMSNorm(96, eps=2e-6).to(dtype))
+    assert llama is not None
+    assert gemma is not None
+    assert (llama.epsilon, llama.offset) == (3e-5, 0.0)
+    assert (gemma.epsilon, gemma.offset) == (2e-6, 1.0)
+    if dtype == torch.bfloat16:
+        assert llama == NormOptions(3e-5, 0.0, round_first=True)
+        assert gemma == NormOptions(2e-6, 1.0, round_first=False)
+
+
+def test_a_norm_without_memory_is_recognised_too() -> None:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    with torch.device("meta"):
+        norm = LlamaRMSNorm(96).bfloat16()
+    assert norm_options(norm) is not None
+
+
+@pytest.mark.parametrize(
+    "module", [Scaled(), nn.LayerNorm(24), nn.Embedding(4, 24), nn.Linear(24, 24, bias=False), nn.ReLU()]
+)
+def test_what_is_no_norm_is_left_alone(module: nn.Module) -> None:
+    assert norm_options(module) is None
+
+
+@pytest.mark.parametrize(
+    ("gate", "count"),
+    [
+        (Gate(), 1),
+        (Gate(activation="gelu"), 0),
+        (Gate(activation="tanh"), 0),
+        (Gate(swapped=True), 0),
+    ],
+)
+def test_only_gates_over_halves_in_order_are_rewritten(gate: Gate, count: int) -> None:
+    x = torch.randn(3, 32)
+    program = torch.export.export(gate, (x,), strict=False)
+    assert fuse_gates(program.graph) == count
+
+
+@pytest.mark.parametrize(
+    ("name", "per_layer"),
+    [
+        ("Llama", [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]),
+        ("Phi3", []),
+        ("OPT", [("q_proj", "k_proj", "v_proj")]),
+    ],
+)
+def test_layers_that_share_an_input_are_found(name: str, per_layer: list[tuple[str, ...]]) -> None:
+    options = {"ffn_dim": 48, "word_embed_proj_dim": 32} if name == "OPT" else {"pad_token_id": 0}
+    decoder = FlatDecoder(tiny(name, **options), REFERENCE_ATTENTION)
+    found = [tuple(n.rpartition(".")[2] for n in group) for group in find_fused(decoder)]
+    assert sorted(found) == sorted(per_layer * 2)
+
+
+def test_packing_survives_the_header_of_the_weights() -> None:
+    packing = Packing("int8", (("a.q", "a.k"), ("b.gate", "b.up")))
+    assert Packing.from_metadata(packing.to_metadata()) == packing
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+def test_packed_layout(dtype: torch.dtype) -> None:
+    n, k = 70, 9
+    weight = torch.randint(-99, 99, (n, k)).to(dtype)
+    unit = {torch.bfloat16: 2, torch.int8: 4}.get(dtype, 1)
+    packed = pack(weight)
+    assert tuple(packed.shape) == packed_shape(n, k, dtype)
+    flat = packed.flatten()
+    depth = -(-k // unit) * unit
+    for i, j in [(0, 0), (69, 8), (33, 5), (31, 2)]:
+        place = i // 32 * 32 * depth + j // unit * unit * 32 + i % 32 * unit + j % unit
+        assert flat[place] == weight[i, j]
+    assert int((flat != 0).sum()) == int((weight != 0).sum())
