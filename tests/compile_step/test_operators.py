@@ -19,7 +19,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
 
 # Rows of one group, two and many; inputs beyond one range; outputs that do not fill a panel.
-SHAPES = [(1, 64, 96), (3, 33, 70), (13, 128, 32), (16, 1030, 40), (40, 17, 1), (25, 64, 33), (130, 900, 300)]
+SHAPES = [(1, 64, 96), (3, 33, 70), (13, 128, 32), (16, 1030, 40), (13, 90, 64), (24, 257, 70), (40, 17, 1), (25, 64, 33), (130, 900, 300)]
 
 
 @pytest.fixture(scope="module", autouse=True)

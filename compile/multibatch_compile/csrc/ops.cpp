@@ -32,7 +32,7 @@ void prepare(LinearCall<W, T>& call, const T* x, int64_t K) {
   using Lane = typename Format<W>::Lane;
   constexpr int lanes = Format<W>::lanes;
   const Groups groups(call.M);
-  const bool worth_it = call.M * K >= 16384;
+  const bool worth_it = call.M * K >= 8192;
   const int64_t total = call.units * lanes, stretches = (total + kStretch - 1) / kStretch;
   Lane* out = static_cast<Lane*>(scratch<0>(call.M * total * sizeof(Lane)));
   float* scales = nullptr;
@@ -157,7 +157,7 @@ at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilo
     const T* from = reinterpret_cast<const T*>(xc.const_data_ptr());
     const T* w = reinterpret_cast<const T*>(weight.const_data_ptr());
     T* to = reinterpret_cast<T*>(y.data_ptr());
-    run_tiles(rows * n >= 16384, rows, [&](int64_t r) { rms_norm_row(from + r * n, w, to + r * n, n, options); });
+    run_tiles(rows * n >= 8192, rows, [&](int64_t r) { rms_norm_row(from + r * n, w, to + r * n, n, options); });
   });
   return y;
 }
@@ -257,11 +257,7 @@ void write_pool(const Call& call, const at::Tensor& key, const at::Tensor& value
       for (int64_t d = 0; d < s.value_dim; ++d) v_to[d] = v_from[d * value.stride(3)];
     }
   };
-  if (call.num_tokens < 32) {
-    for (int64_t t = 0; t < call.num_tokens; ++t) write(t);
-  } else {
-    ThreadPool::instance().run(call.num_tokens, write);
-  }
+  run_tiles(call.num_tokens >= 4, call.num_tokens, write);
 }
 
 int64_t spans_of(const Call& call, const Tile& tile) {

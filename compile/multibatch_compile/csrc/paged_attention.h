@@ -16,7 +16,7 @@
 namespace multibatch {
 
 constexpr int64_t kSpan = 256;
-constexpr int64_t kTileRows = 32;  // (query token, query head) pairs that share one read of a block
+constexpr int64_t kTileRows = 64;  // (query token, query head) pairs that share one read of a block
 
 struct AttentionShape {
   int64_t num_heads, num_kv_heads, head_dim, value_dim, block_size, max_blocks;
@@ -87,6 +87,15 @@ inline void value_rows(const float* scores, const float* values, float* out, int
   }
 }
 
+// Calls fn.template operator()<R>(first row) over all rows, eight at a time as long as there are so many.
+template <int R = 8, typename F>
+inline void for_rows(int64_t rows, const F& fn, int64_t first = 0) {
+  if constexpr (R > 0) {
+    for (; first + R <= rows; first += R) fn.template operator()<R>(first);
+    if (first < rows) for_rows<R - 1>(rows, fn, first);
+  }
+}
+
 inline void apply_softcap(float* scores, int64_t n, float softcap) {
   for (int64_t i = 0; i < n; ++i) scores[i] = softcap * std::tanh(scores[i] / softcap);
 }
@@ -95,12 +104,19 @@ inline void apply_softcap(float* scores, int64_t n, float softcap) {
 inline void softmax_row(float* scores, int64_t block_start, int64_t first, int64_t last, Partial state, int64_t r,
                         const AttentionShape& s) {
   const float lowest = -std::numeric_limits<float>::infinity();
-  float highest = lowest;
-  for (int64_t j = 0; j < s.block_size; ++j) {
+  const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  f32x16 most = splat(lowest);
+  for (int64_t j = 0; j < s.block_size; j += 16) {
+    f32x16 score = load_vector<f32x16>(scores + j);
     const int64_t position = block_start + j;
-    if (position < first || position > last) scores[j] = lowest;
-    highest = std::max(highest, scores[j]);
+    if (position < first || position + 15 > last) {
+      i32x16 hidden = (lane < static_cast<int32_t>(first - position)) | (lane > static_cast<int32_t>(last - position));
+      score = hidden ? splat(lowest) : score;
+      store_vector(scores + j, score);
+    }
+    most = score > most ? score : most;
   }
+  const float highest = max(most);
   if (highest == lowest) {  // nothing of this block is seen: leave the state's bits alone
     std::fill(scores, scores + s.block_size, 0.0f);
     return;
@@ -112,13 +128,16 @@ inline void softmax_row(float* scores, int64_t block_start, int64_t first, int64
     store_vector(scores + j, p);
     total += p;
   }
+  if (top == state.max[r]) {  // nothing to rescale
+    state.sum[r] += sum(total);
+    return;
+  }
   const float shrink = state.max[r] == lowest ? 0.0f : std::exp(state.max[r] - top);
   state.sum[r] = state.sum[r] * shrink + sum(total);
   state.max[r] = top;
   float* out = state.out + r * s.value_stride();
   for (int64_t d = 0; d < s.value_stride(); ++d) out[d] *= shrink;
 }
-
 
 // Attention of `queries` over positions [span_start, span_end) of one row and one KV head, into a fresh `state`.
 template <typename T>
@@ -145,20 +164,18 @@ void attend_span(const Queries& queries, const T* key_pool, const T* value_pool,
       std::fill(to + s.value_dim, to + stride, 0.0f);
     }
     float* scores = scratch.scores.data();
-    int64_t r = 0;
-    for (; r + 4 <= queries.rows; r += 4)
-      score_rows<4>(queries.q + r * s.head_dim, scratch.keys.data(), scores + r * bs, s);
-    for (; r < queries.rows; ++r) score_rows<1>(queries.q + r * s.head_dim, scratch.keys.data(), scores + r * bs, s);
+    for_rows(queries.rows, [&]<int R>(int64_t r) {
+      score_rows<R>(queries.q + r * s.head_dim, scratch.keys.data(), scores + r * bs, s);
+    });
     if (s.softcap != 0.0f) apply_softcap(scores, queries.rows * bs, s.softcap);
-    for (r = 0; r < queries.rows; ++r) {
+    for (int64_t r = 0; r < queries.rows; ++r) {
       const int64_t position = queries.positions[r];
       const int64_t first = std::max(span_start, s.sliding_window ? position - s.sliding_window + 1 : 0);
       softmax_row(scores + r * bs, start, first, std::min(position, span_end - 1), state, r, s);
     }
-    for (r = 0; r + 4 <= queries.rows; r += 4)
-      value_rows<4>(scores + r * bs, scratch.values.data(), state.out + r * stride, num_keys, s);
-    for (; r < queries.rows; ++r)
-      value_rows<1>(scores + r * bs, scratch.values.data(), state.out + r * stride, num_keys, s);
+    for_rows(queries.rows, [&]<int R>(int64_t r) {
+      value_rows<R>(scores + r * bs, scratch.values.data(), state.out + r * stride, num_keys, s);
+    });
   }
 }
 
