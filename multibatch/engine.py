@@ -310,14 +310,19 @@ def _completion_output(index: int, completion: _Completion, params: SamplingPara
     )
 
 
+def check_this_host(manifest: Manifest) -> None:
+    """Raises IncompatibleError where this machine or torch cannot run the artifact's programs."""
+    cpu = read_cpu_info()
+    check_host(manifest, torch_version=torch.__version__, isa=cpu.isa, architecture=cpu.architecture)
+
+
 def load_programs(artifact: Artifact, num_threads: int | None = None) -> LoadedPrograms:
     """The programs of an artifact by the backend that its manifest names.
 
     Raises:
         IncompatibleError: they were built for another machine or torch.
     """
-    cpu = read_cpu_info()
-    check_host(artifact.manifest, torch_version=torch.__version__, isa=cpu.isa, architecture=cpu.architecture)
+    check_this_host(artifact.manifest)
     if artifact.manifest.build.backend == "eager":
         from multibatch.backends.eager import EagerPrograms
 

@@ -23,7 +23,7 @@ import torch
 import multibatch
 from multibatch.artifact import Artifact, record_file
 from multibatch.config import EngineConfig
-from multibatch.engine import Engine, load_programs
+from multibatch.engine import Engine, check_this_host, load_programs
 from multibatch.errors import CompileError, ConfigError
 from multibatch.hardware import available_memory_bytes, read_cpu_info, usable_cores
 from multibatch.kv.block_table import blocks_for
@@ -132,10 +132,12 @@ def add_size(artifact: str | os.PathLike[str], size: int, *, jobs: int = 1, prog
 
     Raises:
         ConfigError: the size is there already, or not an int >= 1.
+        IncompatibleError: the artifact was built for another machine or torch.
         CompileError: the model that the artifact was compiled from cannot be loaded for verification.
     """
     with Progress(progress) as bars, update(artifact) as (old, staging):
         manifest = old.manifest
+        check_this_host(manifest)
         DecoderLadder(manifest.decoder_batch_sizes).with_size(size)
         with bars.stage("load the model"):
             scheme = "none" if manifest.quantization is None else manifest.quantization.scheme

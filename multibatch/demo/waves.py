@@ -8,6 +8,7 @@ import time
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from multibatch.demo.questions import Question, is_correct, sample_question
@@ -41,7 +42,7 @@ def run_waves(llm: LLM, console: Console) -> None:
         for question, output in zip(questions, outputs, strict=True):
             reply = output.outputs[0].text
             mark = "[green]right[/green]" if is_correct(question, reply) else "[red]wrong[/red]"
-            console.print(f"  {question.text}  →  {reply}  {mark}", highlight=False)
+            console.print(f"  {escape(question.text)}  →  {escape(reply)}  {mark}", highlight=False)
         tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
         metrics = [o.metrics for o in outputs if o.metrics is not None]
         first = statistics.mean(m.ttft_s or 0.0 for m in metrics) * 1000

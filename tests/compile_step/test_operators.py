@@ -193,3 +193,32 @@ def test_an_index_outside_the_pool_is_refused_before_anything_is_written() -> No
             0.0,
         )
     assert float(keys.abs().max()) == 0.0
+
+
+def test_threads_that_are_put_aside_and_resized_lose_no_tile() -> None:
+    import multiprocessing
+    import time
+
+    torch.manual_seed(0)
+    x, w = torch.randn(4, 512), pack(torch.randn(6000, 512))
+    expected = torch.ops.multibatch.packed_linear(x, w, None, None, None, 6000)
+    neighbours = [multiprocessing.get_context("fork").Process(target=_spin, daemon=True) for _ in range(4)]
+    for neighbour in neighbours:
+        neighbour.start()
+    try:
+        until = time.monotonic() + 3
+        rounds = 0
+        while time.monotonic() < until or rounds < 20:
+            ops.set_num_threads(1 + rounds // 8 % 4)
+            assert torch.equal(torch.ops.multibatch.packed_linear(x, w, None, None, None, 6000), expected)
+            rounds += 1
+    finally:
+        for neighbour in neighbours:
+            neighbour.kill()
+            neighbour.join()
+        ops.set_num_threads(2)
+
+
+def _spin() -> None:
+    while True:
+        pass

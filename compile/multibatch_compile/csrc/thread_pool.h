@@ -2,9 +2,12 @@
 //
 // Why not OpenMP: its parallel regions end when every thread has arrived, so one neighbour on one core
 // costs every region a scheduler time slice. Here a job ends when its tiles are done; a thread that the
-// operating system put aside merely takes fewer of them (or, at worst, holds back the one in its hand).
+// operating system put aside merely takes fewer of them, and holds back at worst the one in its hand. When that
+// happens a worker rests for a while: its core goes to whom the others had to share theirs with, and fewer threads that
+// are never put aside finish sooner than all of them where one is, every few milliseconds, in the middle of a tile.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -12,7 +15,12 @@
 #include <functional>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
+
+#ifdef __linux__
+#include <sys/resource.h>
+#endif
 
 namespace multibatch {
 
@@ -35,7 +43,9 @@ class ThreadPool {
   void resize(int num_threads) {
     std::lock_guard<std::mutex> one_caller(run_mutex_);
     stop();
-    for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this] { work(); });
+    resting_.store(0);
+    num_workers_ = num_threads - 1;
+    for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
   }
 
   int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
@@ -63,9 +73,12 @@ class ThreadPool {
   ~ThreadPool() { stop(); }
 
  private:
+  using Clock = std::chrono::steady_clock;
   static constexpr uint64_t kNext = 0xffffffffu;
   // Longer than the gaps between two operations of a step, shorter than what a neighbour would miss.
   static constexpr std::chrono::microseconds kSpin{300};
+  static constexpr std::chrono::microseconds kSlowTile{1000};
+  static constexpr std::chrono::milliseconds kRest{50}, kLongestRest{800};
 
   bool has_tiles() const {
     uint64_t t = ticket_.load(std::memory_order_seq_cst);
@@ -75,19 +88,55 @@ class ThreadPool {
   // One fetch_add reads "how many tiles" and takes "the next tile" at once. A tile so taken is not done yet, so
   // run() cannot have returned, so job_ is the job that the tile belongs to, however late this thread comes.
   void take_tiles() {
+    Clock::time_point before = Clock::now();
     while (has_tiles()) {
       uint64_t t = ticket_.fetch_add(1, std::memory_order_acq_rel);
       if ((t & kNext) >= (t >> 32)) return;
       (*job_)(static_cast<int64_t>(t & kNext));
       done_.fetch_add(1, std::memory_order_acq_rel);
+      const Clock::time_point after = Clock::now();
+      if (after - before > kSlowTile && was_put_aside()) rest_one(after);
+      before = after;
     }
   }
 
-  void work() {
+  // Whether the system took the core from this thread since it last asked.
+  static bool was_put_aside() {
+#ifdef __linux__
+    static thread_local long last = 0;
+    rusage usage;
+    getrusage(RUSAGE_THREAD, &usage);
+    return std::exchange(last, usage.ru_nivcsw) != usage.ru_nivcsw;
+#else
+    return false;
+#endif
+  }
+
+  // Sends one more worker to rest; for longer, if the last rest has just ended.
+  void rest_one(Clock::time_point now) {
+    std::lock_guard<std::mutex> lock(sleep_mutex_);
+    if (now < rest_until_ && resting_.load() > 0 && now - rest_since_ < kRest / 4) return;  // give it time to help
+    rest_ = now - rest_until_ < kRest ? std::min(rest_ * 2, kLongestRest) : kRest;
+    rest_since_ = now;
+    rest_until_ = now + rest_;
+    resting_.store(std::min(resting_.load() + 1, std::max(num_workers_ - 1, 0)));
+  }
+
+  bool must_rest(int worker) const { return worker > num_workers_ - resting_.load(); }
+
+  void rest() {
+    std::unique_lock<std::mutex> lock(sleep_mutex_);
+    while (!stopping_.load() && Clock::now() < rest_until_) wake_up_.wait_until(lock, rest_until_);
+    resting_.store(0);
+  }
+
+  void work(int worker) {
     while (true) {
+      if (must_rest(worker)) rest();
       take_tiles();
       spin();
-      if (has_tiles()) continue;
+      if (stopping_.load()) return;
+      if (has_tiles() || must_rest(worker)) continue;
       std::unique_lock<std::mutex> lock(sleep_mutex_);
       sleepers_.fetch_add(1, std::memory_order_seq_cst);
       wake_.wait(lock, [this] { return has_tiles() || stopping_.load(); });
@@ -98,13 +147,13 @@ class ThreadPool {
 
   // Waits for work without giving the core away, for a while.
   void spin() const {
-    const auto until = std::chrono::steady_clock::now() + kSpin;
+    const auto until = Clock::now() + kSpin;
     do {
       for (int i = 0; i < 32; ++i) {  // a pause takes 4 to 140 cycles, by processor
         if (has_tiles() || stopping_.load(std::memory_order_relaxed)) return;
         cpu_relax();
       }
-    } while (std::chrono::steady_clock::now() < until);
+    } while (Clock::now() < until);
   }
 
   void stop() {
@@ -113,15 +162,21 @@ class ThreadPool {
       stopping_.store(true);
     }
     wake_.notify_all();
+    wake_up_.notify_all();
     for (auto& w : workers_) w.join();
     workers_.clear();
     stopping_.store(false);
   }
 
   std::vector<std::thread> workers_;
+  int num_workers_ = 0;  // as workers_.size(), but steady before the first of them starts
   std::mutex run_mutex_;  // two engines in one process take turns
   std::mutex sleep_mutex_;
-  std::condition_variable wake_;
+  std::condition_variable wake_;     // there are tiles
+  std::condition_variable wake_up_;  // a rest is over
+  Clock::time_point rest_since_{}, rest_until_{};
+  std::chrono::milliseconds rest_ = kRest;
+  std::atomic<int> resting_{0};  // workers that take no tiles, the last ones
   const std::function<void(int64_t)>* job_ = nullptr;
   alignas(64) std::atomic<uint64_t> ticket_{0};  // high half: tiles of the job; low half: the next one
   alignas(64) std::atomic<int64_t> done_{0};
