@@ -227,13 +227,12 @@ def bench_command(artifact: Path, prompts_file: Any, reference: bool, **options:
     table = Table(
         title=f"{result['batch']} requests, {options['output_len']} new tokens each, median of {options['repeats']}"
     )
-    for name in ("variant", "decode tokens/s", "of the limit", "output tokens/s", "mean TTFT s", "ladder is"):
+    for name in ("variant", "decode tok/s", "of limit", "output tok/s", "TTFT s", "ladder is"):
         table.add_column(name, justify="left" if name == "variant" else "right")
     names = {
-        "pad_to_max": "always the largest",
+        "pad_to_max": "pad to max",
         "batch_1": "batch 1",
-        "eager": "eager reference",
-        "transformers_generate": "transformers generate",
+        "transformers_generate": "HF generate",
     }
     for name, v in result["variants"].items():
         ratio = result["ladder_over"].get(name)
