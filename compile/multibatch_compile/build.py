@@ -9,11 +9,6 @@ import json
 import os
 import platform
 import shutil
-import signal
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,13 +44,16 @@ from .config import CompileConfig, make_config
 from .export import ProgramShape, input_specs
 from .measure import measure_program
 from .model import LoadedModel, load_model, write_weights
-from .operators import operator_library
+from .operators import find_compiler, is_built, operator_library
 from .progress import Progress
 from .quantization import compare, quantized_reference
 from .verify import check_flattening, check_program
+from .workers import run_workers
 
 _WEIGHTS = "weights.safetensors"
 _OPERATORS = "ops/multibatch_ops.so"
+# A placeholder until it is built; publish refuses it, since the file's size would not match.
+_NOT_BUILT = FileRecord(_OPERATORS, "0" * 64, 0)
 _CANARY_TOKENS = 12
 _BYTES_PER_JOB = 2_500_000_000
 """Memory that one program's build may take: torch, transformers and the compiler."""
@@ -195,6 +193,8 @@ def cache_name(model: str, options: Mapping[str, Any]) -> str:
 def _stage_model(staging: Staging, loaded: LoadedModel, config: CompileConfig, source: str, bars: Progress) -> Manifest:
     """Writes everything but the programs; the manifest has them without files yet."""
     compiled = config.backend == "inductor"
+    if compiled:
+        find_compiler()
     with bars.stage("write weights"):
         model: Any = loaded.decoder.model
         # At least: programs hold no weights and add little.
@@ -207,10 +207,6 @@ def _stage_model(staging: Staging, loaded: LoadedModel, config: CompileConfig, s
         packing = loaded.packing if compiled else None
         read = write_weights(model, staging.path, staging.path / _WEIGHTS, loaded.info.dtype, packing)
         info = dataclasses.replace(loaded.info, weight_bytes=read)
-    if compiled:
-        with bars.stage("build the operators"):
-            (staging.path / "ops").mkdir()
-            shutil.copy2(operator_library(), staging.path / _OPERATORS)
     kv, backend = loaded.kv, config.backend
     programs = [_decode_spec(size, config.max_seq_len, kv, info, backend) for size in config.ladder.sizes]
     rows = config.prefill_rows
@@ -228,7 +224,7 @@ def _stage_model(staging: Staging, loaded: LoadedModel, config: CompileConfig, s
         prefill_rows=rows,
         programs=tuple(programs),
         weights=record_file(staging.path, _WEIGHTS),
-        ops=record_file(staging.path, _OPERATORS) if compiled else None,
+        ops=_NOT_BUILT if compiled else None,
         files=tuple(record_file(staging.path, name) for name in others if name not in known),
         canary=None,
         quantization=None if config.quantization == "none" else Quantization(scheme=config.quantization),
@@ -307,7 +303,14 @@ def _build_programs(staging: Staging, manifest: Manifest, names: Sequence[str], 
     (staging.path / "programs").mkdir(exist_ok=True)
     limit = max(1, min(jobs, available_memory_bytes() // _BYTES_PER_JOB))
     order = sorted((manifest.program(name) for name in names), key=lambda p: -p.num_tokens)
-    seconds = _run_workers(staging.path, manifest, order, limit, bars)
+    jobs_of = {spec.name: _program_job(staging.path, manifest, spec) for spec in order}
+    if manifest.ops == _NOT_BUILT and not is_built():
+        jobs_of = {"operators": {"operators": True}, **jobs_of}
+    seconds = run_workers(staging.path, jobs_of, limit, bars)
+    if manifest.ops == _NOT_BUILT:
+        (staging.path / "ops").mkdir()
+        shutil.copy2(operator_library(), staging.path / _OPERATORS)
+        manifest = dataclasses.replace(manifest, ops=record_file(staging.path, _OPERATORS))
     programs = []
     for spec in manifest.programs:
         if spec.name in seconds:
@@ -318,45 +321,12 @@ def _build_programs(staging: Staging, manifest: Manifest, names: Sequence[str], 
     return dataclasses.replace(manifest, programs=tuple(programs))
 
 
-def _run_workers(
-    folder: Path, manifest: Manifest, specs: Sequence[ProgramSpec], limit: int, bars: Progress
-) -> dict[str, float]:
-    waiting, running = list(specs), dict[str, tuple[subprocess.Popen[bytes], float, Path]]()
-    seconds: dict[str, float] = {}
-    for spec in specs:
-        bars.program(spec.name)
-    # In the staging folder: what a killed compile leaves there is cleared by the next one.
-    with tempfile.TemporaryDirectory(prefix="build-", dir=folder, ignore_cleanup_errors=True) as scratch:
-        try:
-            while waiting or running:
-                while waiting and len(running) < limit:
-                    spec = waiting.pop(0)
-                    running[spec.name] = _start(Path(scratch), folder, manifest, spec)
-                    bars.started(spec.name)
-                for name, (process, started, log) in list(running.items()):
-                    if process.poll() is None:
-                        continue
-                    del running[name]
-                    _end(process)
-                    if process.returncode:
-                        raise _failure(name, process.returncode, log)
-                    seconds[name] = time.monotonic() - started
-                    bars.done(name)
-                bars.tick()
-                time.sleep(0.1)
-        finally:
-            for process, _, _ in running.values():
-                _end(process)
-    return seconds
-
-
-def _start(
-    scratch: Path, folder: Path, manifest: Manifest, spec: ProgramSpec
-) -> tuple[subprocess.Popen[bytes], float, Path]:
+def _program_job(folder: Path, manifest: Manifest, spec: ProgramSpec) -> dict[str, Any]:
+    """What `worker.py` reads."""
     shape = ProgramShape(
         spec.name, spec.kind, spec.batch_size, spec.num_tokens, blocks_for(manifest.max_seq_len, manifest.kv.block_size)
     )
-    job = {
+    return {
         "folder": str(folder),
         "weights": manifest.weights.path,
         "shape": dataclasses.asdict(shape),
@@ -365,42 +335,6 @@ def _start(
         "dtype": manifest.model.dtype,
         "output": str(folder / "programs" / f"{spec.name}.pt2"),
     }
-    file, log = scratch / f"{spec.name}.json", scratch / f"{spec.name}.log"
-    file.write_text(json.dumps(job))
-    roots = [str(Path(module.__file__ or "").parent.parent) for module in (multibatch, sys.modules[__package__])]
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([*roots, os.environ.get("PYTHONPATH", "")]),
-        # Programs are the unit of parallelism; Inductor's own pool would outlive a killed worker.
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-        "TORCHINDUCTOR_CACHE_DIR": str(scratch / f"{spec.name}-inductor"),
-    }
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "multibatch_compile.worker", str(file)],
-            # Never written to: it ends when this process does, however that happens, and the builder with it.
-            stdin=subprocess.PIPE,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env=environment,
-            start_new_session=True,
-        )
-    return process, time.monotonic(), log
-
-
-def _failure(name: str, returncode: int, log: Path) -> CompileError:
-    if returncode == -signal.SIGKILL:
-        how = "killed, perhaps for lack of memory: try fewer --jobs"
-    else:
-        how = f"exit code {returncode}" if returncode > 0 else f"signal {-returncode}"
-    return CompileError(f"{name} could not be built ({how}):\n{log.read_text(errors='replace')[-3000:]}")
-
-
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Kills what still runs of a builder and its compilers, and closes its pipe."""
-    with process:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
 
 
 def _prove(staging: Staging, manifest: Manifest, loaded: LoadedModel, names: Sequence[str], bars: Progress) -> Manifest:

@@ -20,26 +20,45 @@ _FLAGS = ["-std=c++20", "-O3", "-march=native", "-ffp-contract=fast", "-fno-math
 _FLAGS += ["-fPIC", "-shared", "-pthread", "-Wall", "-Wno-psabi"]
 
 
+def find_compiler() -> str:
+    """Path of the C++ compiler.
+
+    Raises:
+        CompileError: there is none.
+    """
+    name = os.environ.get("CXX", "g++")
+    compiler = shutil.which(name)
+    if compiler is None:
+        raise CompileError(f"no C++ compiler {name} found; install one, or name it in CXX")
+    return compiler
+
+
+def is_built() -> bool:
+    """Whether `operator_library` has nothing to do."""
+    return _library_path(find_compiler()).is_file()
+
+
 def operator_library() -> Path:
     """Path of the library for this machine, built at first use.
 
     Raises:
         CompileError: there is no C++ compiler, or it failed; the message has what it said.
     """
-    name = os.environ.get("CXX", "g++")
-    compiler = shutil.which(name)
-    if compiler is None:
-        raise CompileError(f"no C++ compiler {name} found; install one, or name it in CXX")
+    compiler = find_compiler()
+    library = _library_path(compiler)
+    if not library.is_file():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        _build(compiler, library)
+    return library
+
+
+def _library_path(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     key = hashlib.sha256()
     for part in (*sorted(_SOURCES.iterdir()),):
         key.update(part.read_bytes())
     key.update(" ".join([*_FLAGS, version, torch.__version__, *read_cpu_info().isa]).encode())
-    library = cache_dir() / "operators" / f"multibatch_ops-{key.hexdigest()[:16]}.so"
-    if not library.is_file():
-        library.parent.mkdir(parents=True, exist_ok=True)
-        _build(compiler, library)
-    return library
+    return cache_dir() / "operators" / f"multibatch_ops-{key.hexdigest()[:16]}.so"
 
 
 def _build(compiler: str, library: Path) -> None:

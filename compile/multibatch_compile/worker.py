@@ -19,6 +19,11 @@ def main() -> None:
     """Builds what the job file says."""
     threading.Thread(target=_end_with_input, daemon=True).start()
     job = json.loads(Path(sys.argv[1]).read_text())
+    if job.get("operators"):
+        from .operators import operator_library
+
+        operator_library()
+        return
     import torch
 
     from .export import ProgramShape, build_program

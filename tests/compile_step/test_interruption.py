@@ -380,6 +380,7 @@ def test_what_the_compiler_said_is_shown(tmp_path: Path, old: Path, start: Start
     assert "error: prefill_16 could not be built (exit code 1):" in said
     assert "[/no] such thing as 'std::unobtainium'" in said
     assert "multibatch_compile/build.py" not in said  # the builder's traceback, and not the command's
+    assert "multibatch_compile/workers.py" not in said
     failing.check_no_other_left()
     check_old_alone(output)
 
@@ -398,14 +399,14 @@ def test_a_builder_that_fails_ends_the_others(
 ) -> None:
     builders: dict[str, subprocess.Popen[bytes]] = {}
 
-    def start(scratch: Path, folder: Path, manifest: object, spec: Any) -> tuple[Any, float, Path]:
-        log, what = scratch / f"{spec.name}.log", code if spec.name == "prefill_16" else "time.sleep(300)"
+    def start(scratch: Path, name: str, job: object) -> tuple[Any, float, Path]:
+        log, what = scratch / f"{name}.log", code if name == "prefill_16" else "time.sleep(300)"
         with log.open("wb") as out:
             command = [sys.executable, "-c", f"import os, sys, time; {what}"]
-            builders[spec.name] = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
-        return builders[spec.name], 0.0, log
+            builders[name] = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        return builders[name], 0.0, log
 
-    monkeypatch.setattr("multibatch_compile.build._start", start)
+    monkeypatch.setattr("multibatch_compile.workers._start", start)
     monkeypatch.setattr("multibatch_compile.build.available_memory_bytes", lambda: 10**12)
     with pytest.raises(CompileError, match=message):
         compile_model(model, tmp_path / "out", max_seq_len=NEW, jobs=2, **COMMON)
