@@ -213,7 +213,6 @@ def _stage_model(staging: Staging, loaded: LoadedModel, config: CompileConfig, s
     programs += [
         _prefill_spec(size, rows, config.max_seq_len, kv, info, backend) for size in config.prefill_chunk_sizes
     ]
-    known = {_WEIGHTS, _OPERATORS}
     others = [p.relative_to(staging.path).as_posix() for p in sorted(staging.path.rglob("*")) if p.is_file()]
     return Manifest(
         model=info,
@@ -225,7 +224,7 @@ def _stage_model(staging: Staging, loaded: LoadedModel, config: CompileConfig, s
         programs=tuple(programs),
         weights=record_file(staging.path, _WEIGHTS),
         ops=_NOT_BUILT if compiled else None,
-        files=tuple(record_file(staging.path, name) for name in others if name not in known),
+        files=tuple(record_file(staging.path, name) for name in others if name != _WEIGHTS),
         canary=None,
         quantization=None if config.quantization == "none" else Quantization(scheme=config.quantization),
     )

@@ -45,6 +45,7 @@ def test_what_it_did_to_the_outputs_is_recorded_and_shown(int8_artifact: Path) -
         assert 0 < agreement.kl_divergence < 0.05
         assert 0.9 < agreement.top1_agreement <= 1
     shown = CliRunner().invoke(main, ["inspect", str(int8_artifact)]).output
+    assert "quantised  int8, against bfloat16: on random tokens KL" in shown
     assert len(shown) > 100
 
 
