@@ -100,7 +100,7 @@ def check_host(
     """
     build = manifest.build
     # AOTInductor packages and the operator library are bound to one version of torch's C++ side.
-    if build.backend == "inductor" or manifest.ops is not None:
+    if build.backend == "inductor" or manifest.ops:
         built, found = (x.partition("+")[0] for x in (build.torch_version, torch_version))
         if built != found:
             cure = f"install torch {built}, or build again with torch {found}"

@@ -168,15 +168,9 @@ def _serve(engine: Engine, prompts: Sequence[Sequence[int]], output_len: int) ->
     start = time.monotonic()
     for i, prompt in enumerate(prompts):
         engine.add_request(f"bench-{i}", prompt, params)
-    firsts: list[float] = []
-    lasts: list[float] = []
-    while engine.has_unfinished:
-        for output in engine.step():
-            if output.finished and output.metrics is not None:
-                firsts.append(output.metrics.first_token_ts or 0.0)
-                lasts.append(output.metrics.last_token_ts or 0.0)
-    if engine.failure is not None:
-        raise engine.failure
+    metrics = [output.metrics for output in engine.run_all().values() if output.metrics is not None]
+    firsts = [m.first_token_ts or 0.0 for m in metrics]
+    lasts = [m.last_token_ts or 0.0 for m in metrics]
     wall = time.monotonic() - start
     decode = max(lasts) - max(firsts)
     tokens = len(prompts) * output_len

@@ -73,6 +73,7 @@ def _quiet() -> None:
 @click.option("--dtype", help="bfloat16, float16 or float32; default: the checkpoint's.")
 @click.option("--quantization", default="none", show_default=True, help="none, or int8: a byte per weight.")
 @click.option("--backend", default="inductor", show_default=True, help="inductor, or eager (nothing compiled).")
+@click.option("--portable", is_flag=True, help="Serve older processors too (on x86: AVX2), more slowly.")
 @click.option("--device", default="cpu", show_default=True, help="cpu.")
 @click.option("--revision", help="Of a hub id.")
 @click.option("--jobs", type=int, help="Programs built at once; default: what cores and memory allow.")

@@ -3,13 +3,14 @@
 | variable | meaning |
 |---|---|
 | MULTIBATCH_CACHE | folder of artifacts compiled on first use by `LLM(model_dir)`, and of built operator libraries |
+| MULTIBATCH_ISA | CPU features to use at most, separated by commas: a portable artifact then runs as on a lesser machine |
 | MULTIBATCH_NUM_THREADS | threads of the operators where `EngineConfig.num_threads` is not given |
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,21 @@ def cache_dir(environment: Mapping[str, str] = os.environ) -> Path:
         return Path(given)
     base = environment.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "multibatch"
+
+
+def isa_from_environment(present: Iterable[str], environment: Mapping[str, str] = os.environ) -> tuple[str, ...]:
+    """The CPU features to use: those present, or those of them that MULTIBATCH_ISA lists.
+
+    Raises:
+        ConfigError: it lists one that is not present.
+    """
+    there, given = tuple(present), environment.get("MULTIBATCH_ISA")
+    if not given:
+        return there
+    wanted = {feature.strip() for feature in given.split(",")}
+    if unknown := sorted(wanted.difference(there)):
+        raise ConfigError(f"MULTIBATCH_ISA lists {', '.join(unknown)}; allowed here: {', '.join(there)}")
+    return tuple(feature for feature in there if feature in wanted)
 
 
 def threads_from_environment(environment: Mapping[str, str] = os.environ) -> int | None:

@@ -11,7 +11,7 @@ import torch
 
 from multibatch.artifact import Artifact, check_host
 from multibatch.backends.base import DTYPES, LoadedPrograms
-from multibatch.config import EngineConfig, threads_from_environment
+from multibatch.config import EngineConfig, isa_from_environment, threads_from_environment
 from multibatch.errors import CapacityError, ConfigError, RequestError, StepError
 from multibatch.hardware import available_memory_bytes, read_cpu_info
 from multibatch.kv.allocator import BlockAllocator
@@ -204,6 +204,20 @@ class Engine:
         outputs = [self._output(self._groups[name]) for name in groups]
         return [output for output in outputs if output is not None]
 
+    def run_all(self) -> dict[str, RequestOutput]:
+        """Steps until nothing is left; the requests that ended meanwhile, by id.
+
+        Raises:
+            StepError: a step failed.
+        """
+        done: dict[str, RequestOutput] = {}
+        self.failure = None
+        while self.has_unfinished:
+            done |= {output.request_id: output for output in self.step() if output.finished}
+        if self.failure is not None:
+            raise self.failure
+        return done
+
     def _check(self, request_id: str, prompt_token_ids: AnySequence[int], params: SamplingParams) -> None:
         if request_id in self._groups:
             raise RequestError(f"request {request_id!r} is being served already; give each request its own id")
@@ -313,7 +327,8 @@ def _completion_output(index: int, completion: _Completion, params: SamplingPara
 def check_this_host(manifest: Manifest) -> None:
     """Raises IncompatibleError where this machine or torch cannot run the artifact's programs."""
     cpu = read_cpu_info()
-    check_host(manifest, torch_version=torch.__version__, isa=cpu.isa, architecture=cpu.architecture)
+    isa = isa_from_environment(cpu.isa)
+    check_host(manifest, torch_version=torch.__version__, isa=isa, architecture=cpu.architecture)
 
 
 def load_programs(artifact: Artifact, num_threads: int | None = None) -> LoadedPrograms:
@@ -329,7 +344,8 @@ def load_programs(artifact: Artifact, num_threads: int | None = None) -> LoadedP
         return EagerPrograms.load(artifact)
     from multibatch.backends.inductor import InductorPrograms
 
-    return InductorPrograms(artifact, num_threads or threads_from_environment())
+    isa = isa_from_environment(read_cpu_info().isa)
+    return InductorPrograms(artifact, isa, num_threads or threads_from_environment())
 
 
 def _limit(name: str, asked: int | None, compiled: int, option: str) -> int:

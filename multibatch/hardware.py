@@ -40,6 +40,17 @@ def isa_levels(architecture: str) -> tuple[str, ...]:
             return ()
 
 
+def portable_isa(architecture: str) -> tuple[str, ...]:
+    """The features that every machine of the last decade has; portable programs use no others."""
+    match architecture.lower():
+        case "x86_64" | "amd64":
+            return ("avx2", "fma", "f16c")
+        case "aarch64" | "arm64":
+            return ("asimd",)
+        case _:
+            return ()
+
+
 def missing_isa(required: Iterable[str], present: Iterable[str]) -> tuple[str, ...]:
     """The required features that are not present, in the order they were asked for."""
     there = frozenset(present)

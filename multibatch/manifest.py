@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 from multibatch.errors import ArtifactCorruptError, ArtifactError, IncompatibleError
 from multibatch.strict_json import decode, parse
 
-SCHEMA_VERSION: Final = 2
+SCHEMA_VERSION: Final = 3
 MANIFEST_NAME: Final = "manifest.json"
 MANIFEST_HASH_NAME: Final = "manifest.sha256"
 DTYPE_BYTES: Final[Mapping[str, int]] = types.MappingProxyType(
@@ -209,6 +209,15 @@ class BuildInfo:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class OperatorLibrary:
+    """One build of the operators that the programs call."""
+
+    file: FileRecord
+    # The CPU features that it uses. A machine is served by the library that uses most of what it has.
+    isa: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Canary:
     """A greedy continuation recorded at build time, replayed by `verify`."""
 
@@ -277,8 +286,8 @@ class Manifest:
     prefill_rows: int
     programs: tuple[ProgramSpec, ...]
     weights: FileRecord
-    # The compiled operator library; None where the programs need none.
-    ops: FileRecord | None
+    # Builds of the operators, each for more CPU features than the one before; empty where the programs call none.
+    ops: tuple[OperatorLibrary, ...]
     # Everything else: config, tokenizer, chat template, …
     files: tuple[FileRecord, ...]
     # None until the compile step has verified the programs.
@@ -341,8 +350,7 @@ class Manifest:
     def all_files(self) -> tuple[FileRecord, ...]:
         """Every file of the artifact but the manifest and its checksum."""
         programs = tuple(x.file for x in self.programs if x.file is not None)
-        ops = () if self.ops is None else (self.ops,)
-        return (*programs, self.weights, *ops, *self.files)
+        return (*programs, self.weights, *(library.file for library in self.ops), *self.files)
 
     def program(self, name: str) -> ProgramSpec:
         """The program of that name; `KeyError` naming those there are."""

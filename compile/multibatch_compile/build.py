@@ -19,17 +19,17 @@ import multibatch
 from multibatch.artifact import Artifact, record_file
 from multibatch.config import EngineConfig
 from multibatch.engine import Engine, check_this_host, load_programs
-from multibatch.errors import CompileError, ConfigError
+from multibatch.errors import CompileError
 from multibatch.hardware import available_memory_bytes, read_cpu_info, usable_cores
 from multibatch.kv.block_table import blocks_for
 from multibatch.ladder import DecoderLadder
 from multibatch.manifest import (
     BuildInfo,
-    Canary,
     FileRecord,
     KVLayout,
     Manifest,
     ModelInfo,
+    OperatorLibrary,
     ProgramSpec,
     Quantization,
     TensorSpec,
@@ -38,23 +38,19 @@ from multibatch.manifest import (
 )
 from multibatch.publish import Staging, ensure_disk_space, update
 from multibatch.roofline import measure_bandwidth
-from multibatch.sampling_params import SamplingParams
 
+from .canary import record_canary
 from .config import CompileConfig, make_config
 from .export import ProgramShape, input_specs
 from .measure import measure_program
 from .model import LoadedModel, load_model, write_weights
-from .operators import find_compiler, is_built, operator_library
+from .operators import Target, find_compiler, is_built, operator_library, targets
 from .progress import Progress
 from .quantization import compare, quantized_reference
 from .verify import check_flattening, check_program
 from .workers import run_workers
 
 _WEIGHTS = "weights.safetensors"
-_OPERATORS = "ops/multibatch_ops.so"
-# A placeholder until it is built; publish refuses it, since the file's size would not match.
-_NOT_BUILT = FileRecord(_OPERATORS, "0" * 64, 0)
-_CANARY_TOKENS = 12
 _BYTES_PER_JOB = 2_500_000_000
 """Memory that one program's build may take: torch, transformers and the compiler."""
 
@@ -71,6 +67,7 @@ def compile_model(
     dtype: str | None = None,
     quantization: str = "none",
     backend: str = "inductor",
+    portable: bool = False,
     device: str = "cpu",
     jobs: int | None = None,
     revision: str | None = None,
@@ -90,6 +87,7 @@ def compile_model(
         dtype: bfloat16, float16 or float32; default: the checkpoint's.
         quantization: none, or int8: weights of one byte with a scale per output, activations rounded per token.
         backend: inductor (AOTInductor programs) or eager (transformers' own code, nothing compiled).
+        portable: also serve machines without this one's newer CPU features (on x86: those with AVX2), more slowly.
         device: cpu.
         jobs: programs built at once; default: as many as cores and memory allow.
         revision: of a hub id.
@@ -111,6 +109,7 @@ def compile_model(
         dtype=dtype,
         quantization=quantization,
         backend=backend,
+        portable=portable,
         device=device,
         jobs=jobs,
     )
@@ -223,11 +222,16 @@ def _stage_model(staging: Staging, loaded: LoadedModel, config: CompileConfig, s
         prefill_rows=rows,
         programs=tuple(programs),
         weights=record_file(staging.path, _WEIGHTS),
-        ops=_NOT_BUILT if compiled else None,
+        ops=tuple(_not_built(target) for target in targets(config.portable)) if compiled else (),
         files=tuple(record_file(staging.path, name) for name in others if name != _WEIGHTS),
         canary=None,
         quantization=None if config.quantization == "none" else Quantization(scheme=config.quantization),
     )
+
+
+def _not_built(target: Target) -> OperatorLibrary:
+    """A placeholder; publish refuses it, since the file's size would not match."""
+    return OperatorLibrary(file=FileRecord(target.file, "0" * 64, 0), isa=target.isa)
 
 
 def _save_tokenizer(source: str, folder: Path) -> None:
@@ -286,7 +290,7 @@ def _build_info(config: CompileConfig, bandwidth: float) -> BuildInfo:
         python_version=platform.python_version(),
         cpu_model=cpu.model_name,
         cpu_architecture=cpu.architecture,
-        isa=cpu.isa if config.backend == "inductor" else (),
+        isa=targets(config.portable)[0].isa if config.backend == "inductor" else (),
         compute_capability=None,
         options={},
         created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -303,13 +307,15 @@ def _build_programs(staging: Staging, manifest: Manifest, names: Sequence[str], 
     limit = max(1, min(jobs, available_memory_bytes() // _BYTES_PER_JOB))
     order = sorted((manifest.program(name) for name in names), key=lambda p: -p.num_tokens)
     jobs_of = {spec.name: _program_job(staging.path, manifest, spec) for spec in order}
-    if manifest.ops == _NOT_BUILT and not is_built():
-        jobs_of = {"operators": {"operators": True}, **jobs_of}
-    seconds = run_workers(staging.path, jobs_of, limit, bars)
-    if manifest.ops == _NOT_BUILT:
+    wanted = [target for target in targets(portable=True) if _not_built(target) in manifest.ops]
+    new = {f"operators {t.name}": {"operators": t.name} for t in wanted if not is_built(t)}
+    seconds = run_workers(staging.path, {**new, **jobs_of}, limit, bars)
+    if wanted:
         (staging.path / "ops").mkdir()
-        shutil.copy2(operator_library(), staging.path / _OPERATORS)
-        manifest = dataclasses.replace(manifest, ops=record_file(staging.path, _OPERATORS))
+        for target in wanted:
+            shutil.copy2(operator_library(target), staging.path / target.file)
+        built = [OperatorLibrary(file=record_file(staging.path, t.file), isa=t.isa) for t in wanted]
+        manifest = dataclasses.replace(manifest, ops=tuple(built))
     programs = []
     for spec in manifest.programs:
         if spec.name in seconds:
@@ -332,6 +338,7 @@ def _program_job(folder: Path, manifest: Manifest, spec: ProgramSpec) -> dict[st
         "block_size": manifest.kv.block_size,
         "layers": [dataclasses.astuple(layer) for layer in manifest.kv.layers],
         "dtype": manifest.model.dtype,
+        "portable": len(manifest.ops) > 1,
         "output": str(folder / "programs" / f"{spec.name}.pt2"),
     }
 
@@ -359,47 +366,13 @@ def _prove(staging: Staging, manifest: Manifest, loaded: LoadedModel, names: Seq
             engine = Engine(Artifact(staging.path, manifest), EngineConfig(), programs)
             manifest = dataclasses.replace(manifest, quantization=compare(loaded, reference, engine))
     with bars.stage("canary"):
-        return dataclasses.replace(manifest, canary=record_canary(Artifact(staging.path, manifest), programs))
-
-
-def record_canary(artifact: Artifact, programs: Any = None) -> Canary:
-    """A greedy continuation of a fixed prompt, with the logprob of each token."""
-    manifest = artifact.manifest
-    length = max(1, min(16, manifest.max_seq_len - _CANARY_TOKENS))
-    tokens = max(1, min(_CANARY_TOKENS, manifest.max_seq_len - length))
-    prompt = [(7919 * i + 13) % manifest.model.vocab_size for i in range(length)]
-    one = blocks_for(manifest.max_seq_len, manifest.kv.block_size)
-    engine = Engine(artifact, EngineConfig(num_kv_blocks=one), programs)
-    params = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True, logprobs=0, detokenize=False)
-    engine.add_request("canary", prompt, params)
-    result = None
-    while engine.has_unfinished:
-        for output in engine.step():
-            result = output
-    if result is None or engine.failure is not None:
-        raise CompileError(f"the canary did not run: {engine.failure}")
-    completion = result.outputs[0]
-    assert completion.logprobs is not None
-    logprobs = [entry[token].logprob for token, entry in zip(completion.token_ids, completion.logprobs, strict=True)]
-    return Canary(
-        prompt_token_ids=tuple(prompt),
-        token_ids=tuple(completion.token_ids),
-        logprobs=tuple(round(x, 6) for x in logprobs),
-        tolerance=1e-4 if manifest.model.dtype == "float32" else 5e-2,
-    )
-
-
-def verify_artifact(path: str | os.PathLike[str]) -> list[str]:
-    """Re-checks hashes, the host and the canary of an artifact; every mismatch as a sentence, none if it is whole."""
-    artifact = Artifact.open(path, verify="hashes")
-    recorded = artifact.manifest.canary
-    if recorded is None:
-        raise ConfigError(f"{path} has no canary; compile it again")
-    now = record_canary(artifact)
-    problems = []
-    if now.token_ids != recorded.token_ids:
-        problems.append(f"canary: tokens {list(now.token_ids)}, expected {list(recorded.token_ids)}")
-    worst = max(abs(a - b) for a, b in zip(now.logprobs, recorded.logprobs, strict=True))
-    if not worst <= recorded.tolerance:
-        problems.append(f"canary: a logprob differs by {worst:.3g}, allowed {recorded.tolerance}")
-    return problems
+        canary = record_canary(Artifact(staging.path, manifest), programs)
+    manifest = dataclasses.replace(manifest, canary=canary)
+    # A process holds one build of the operators: the others answer in processes of their own.
+    others = {
+        f"verify {Path(library.file.path).stem}": {"replay": manifest.to_json(), "isa": library.isa}
+        | {"folder": str(staging.path)}
+        for library in manifest.ops[:-1]
+    }
+    run_workers(staging.path, others, 1, bars)
+    return manifest

@@ -36,6 +36,8 @@ class CompileConfig:
     """None: the checkpoint's own."""
     quantization: Quantization
     backend: Backend
+    portable: bool
+    """Whether machines without this one's newer CPU features are served too."""
     device: str
     jobs: int
     """Programs built at once."""
@@ -51,6 +53,7 @@ def make_config(
     dtype: str | None = None,
     quantization: str = "none",
     backend: str = "inductor",
+    portable: bool = False,
     device: str = "cpu",
     jobs: int | None = None,
 ) -> CompileConfig:
@@ -93,6 +96,7 @@ def make_config(
         dtype=dtype,  # type: ignore[arg-type]
         quantization=quantization,  # type: ignore[arg-type]
         backend=backend,  # type: ignore[arg-type]
+        portable=portable,
         device=device,
         jobs=_int("jobs", jobs, 1) if jobs is not None else usable_cores(),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from multibatch.backends.base import DTYPES
 from multibatch.backends.eager import assign_weights, model_skeleton
 from multibatch.backends.flat_model import COMPILED_ATTENTION, FlatDecoder
 from multibatch.backends.inductor import map_weights
+from multibatch.errors import CompileError
 from multibatch.manifest import KVLayout, TensorSpec
 
 from .fusion import fuse_gates, replace_norms
@@ -52,7 +54,9 @@ def input_specs(shape: ProgramShape, kv: KVLayout, dtype: str) -> tuple[TensorSp
     return tuple(specs)
 
 
-def build_program(folder: Path, weights: Path, shape: ProgramShape, kv: KVLayout, dtype: str, output: Path) -> None:
+def build_program(
+    folder: Path, weights: Path, shape: ProgramShape, kv: KVLayout, dtype: str, output: Path, portable: bool = False
+) -> None:
     """Exports and compiles one program to `output` (.pt2).
 
     Args:
@@ -62,6 +66,7 @@ def build_program(folder: Path, weights: Path, shape: ProgramShape, kv: KVLayout
         kv: the pool's layout.
         dtype: the model's.
         output: the file to write.
+        portable: use no CPU features but those of `hardware.portable_isa`.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     with safe_open(weights, framework="pt") as file:
@@ -89,8 +94,21 @@ def build_program(folder: Path, weights: Path, shape: ProgramShape, kv: KVLayout
                 # Inductor test-compiles each instruction set that the CPU reports, 15 s in every process. The operators
                 # were built here for the same CPU before this.
                 "cpp.vec_isa_ok": True,
+                **(_portable_options() if portable else {}),
             },
         )
+
+
+def _portable_options() -> dict[str, Any]:
+    """Inductor's options for code of the least vector width that its architecture has, and no -march.
+
+    Raises:
+        CompileError: this torch always compiles for the machine that it runs on.
+    """
+    if not hasattr(torch._inductor.config.cpp, "march"):
+        raise CompileError(f"--portable needs a torch whose Inductor has cpp.march; here: torch {torch.__version__}")
+    width = 256 if platform.machine() in ("x86_64", "AMD64") else 128
+    return {"cpp.march": "", "cpp.simdlen": width}
 
 
 def _example(shape: ProgramShape, kv: KVLayout, dtype: str) -> tuple[Any, ...]:

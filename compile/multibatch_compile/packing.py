@@ -71,14 +71,20 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
 class PackedLinear(nn.Module):
     """`nn.Linear` over a packed weight."""
 
+    weight: nn.Parameter
     scales: torch.Tensor | None
     sums: torch.Tensor | None
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, quantization: str) -> None:
-        """Packs `weight`, [N, K]."""
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, quantization: str, same: PackedLinear | None = None
+    ) -> None:
+        """Packs `weight`, [N, K], unless `same` has that weight already."""
         super().__init__()
         self.out_features = weight.shape[0]
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        if same is not None:
+            self.weight, self.scales, self.sums = same.weight, same.scales, same.sums
+            return
         scales = sums = None
         if quantization == "int8":
             weight, scales = quantize_weight(weight)
@@ -120,6 +126,7 @@ class FusedPart(nn.Module):
         super().__init__()
         self._first = (first,)  # in a tuple, so that its weights are not registered here once more
         self._index = index
+        self._is_last = index == len(first.sizes) - 1
         self._name = name
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -127,6 +134,8 @@ class FusedPart(nn.Module):
         kept = self._first[0].kept
         if kept is None or kept[0] is not x:
             raise UnsupportedModelError(f"{self._name} does not always get the input of the layers it was packed with")
+        if self._is_last:
+            self._first[0].kept = None
         return kept[1][self._index]
 
 
@@ -161,9 +170,9 @@ def pack_model(model: nn.Module, packing: Packing) -> None:
         weight = linear_weight(child)
         if weight is None:
             continue
-        linear = PackedLinear(weight, child.bias, packing.quantization)  # type: ignore[arg-type]
-        same = packed.setdefault(child.weight, linear)  # type: ignore[arg-type]
-        linear.weight, linear.scales, linear.sums = same.weight, same.scales, same.sums
+        source = cast(torch.Tensor, child.weight)
+        linear = PackedLinear(weight, cast(torch.Tensor | None, child.bias), packing.quantization, packed.get(source))
+        packed.setdefault(source, linear)
         setattr(parent, name, linear)
     for parent, name, child in _children(model):
         if type(child) is nn.Embedding and child.weight in packed:

@@ -15,7 +15,6 @@ from multibatch.backends.eager import EagerPrograms, assign_weights
 from multibatch.backends.flat_model import REFERENCE_ATTENTION, FlatDecoder
 from multibatch.batch import prefill_inputs
 from multibatch.engine import Engine
-from multibatch.errors import CompileError
 from multibatch.kv.block_table import blocks_for
 from multibatch.manifest import Agreement, Quantization
 from multibatch.sampling_params import SamplingParams
@@ -31,9 +30,12 @@ _LENGTH = 48
 class Int8Linear(nn.Module):
     """A linear layer as the int8 operator computes it."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, same: Int8Linear | None = None) -> None:
+        """Rounds `weight`, [N, K], unless `same` has that weight already."""
         super().__init__()
-        self.weight, self.scales = reference.quantize_weight(weight)
+        self.weight: torch.Tensor
+        self.scales: torch.Tensor
+        self.weight, self.scales = (same.weight, same.scales) if same else reference.quantize_weight(weight)
         self.bias = bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -55,10 +57,8 @@ def quantized_reference(loaded: LoadedModel) -> FlatDecoder:
         for name, child in list(parent.named_children()):
             weight = linear_weight(child)
             if weight is not None:
-                linear = Int8Linear(weight, child.bias)
-                same = rounded.setdefault(child.weight, linear)
-                linear.weight, linear.scales = same.weight, same.scales
-                setattr(parent, name, linear)
+                setattr(parent, name, Int8Linear(weight, child.bias, rounded.get(child.weight)))
+                rounded.setdefault(child.weight, getattr(parent, name))
     for module in model.modules():
         if type(module) is nn.Embedding and module.weight in rounded:
             tied = rounded[module.weight]
@@ -111,10 +111,5 @@ def _sample(engine: Engine, starts: Sequence[Sequence[int]], length: int) -> lis
         tokens = max(1, length - len(start))
         params = SamplingParams(temperature=1.0, seed=i, max_tokens=tokens, ignore_eos=True, detokenize=False)
         engine.add_request(str(i), start, params)
-    texts: dict[str, list[int]] = {}
-    while engine.has_unfinished:
-        for output in engine.step():
-            texts[output.request_id] = list(output.outputs[0].token_ids)
-    if engine.failure is not None:
-        raise CompileError(f"the quantised model did not run: {engine.failure}")
-    return [texts[str(i)] for i in range(len(starts))]
+    outputs = engine.run_all()
+    return [list(outputs[str(i)].outputs[0].token_ids) for i in range(len(starts))]

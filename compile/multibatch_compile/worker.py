@@ -10,7 +10,9 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from multibatch.manifest import KVLayer, KVLayout
 
@@ -19,10 +21,13 @@ def main() -> None:
     """Builds what the job file says."""
     threading.Thread(target=_end_with_input, daemon=True).start()
     job = json.loads(Path(sys.argv[1]).read_text())
-    if job.get("operators"):
-        from .operators import operator_library
+    if "operators" in job:
+        from .operators import operator_library, targets
 
-        operator_library()
+        operator_library(next(target for target in targets(portable=True) if target.name == job["operators"]))
+        return
+    if "replay" in job:
+        _replay(job)
         return
     import torch
 
@@ -31,8 +36,21 @@ def main() -> None:
     torch.set_num_threads(1)
     layers = tuple(KVLayer(*layer) for layer in job["layers"])
     kv = KVLayout(job["block_size"], len(layers), layers)
-    folder = Path(job["folder"])
-    build_program(folder, folder / job["weights"], ProgramShape(**job["shape"]), kv, job["dtype"], Path(job["output"]))
+    folder, shape = Path(job["folder"]), ProgramShape(**job["shape"])
+    build_program(folder, folder / job["weights"], shape, kv, job["dtype"], Path(job["output"]), job["portable"])
+
+
+def _replay(job: Mapping[str, Any]) -> None:
+    """Runs the canary as a machine of fewer CPU features would."""
+    os.environ["MULTIBATCH_ISA"] = ",".join(job["isa"])
+    from multibatch.artifact import Artifact
+    from multibatch.manifest import Manifest
+
+    from .canary import replay_canary
+
+    problems = replay_canary(Artifact(Path(job["folder"]), Manifest.from_json(job["replay"])))
+    if problems:
+        sys.exit("; ".join(problems))
 
 
 def _end_with_input() -> None:

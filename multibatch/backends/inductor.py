@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,9 +12,10 @@ from safetensors import safe_open
 from multibatch import ops
 from multibatch.artifact import Artifact
 from multibatch.batch import ProgramInputs
-from multibatch.errors import ArtifactCorruptError
-from multibatch.hardware import usable_cores
+from multibatch.errors import ArtifactCorruptError, IncompatibleError
+from multibatch.hardware import missing_isa, usable_cores
 from multibatch.kv.pool import KVPool
+from multibatch.manifest import Manifest, OperatorLibrary
 
 TIED = "tied:"
 """Key prefix in the metadata of weights.safetensors: `tied:NAME` is the name whose tensor NAME shares."""
@@ -31,22 +33,56 @@ def map_weights(path: Path) -> dict[str, torch.Tensor]:
     return weights
 
 
+def best_library(manifest: Manifest, isa: Iterable[str]) -> OperatorLibrary:
+    """The build of the operators that uses most of these CPU features.
+
+    Raises:
+        IncompatibleError: each needs one that is not among them.
+    """
+    present = tuple(isa)
+    usable = [library for library in manifest.ops if not missing_isa(library.isa, present)]
+    if not usable:
+        needs = " or ".join(" ".join(library.isa) for library in manifest.ops)
+        raise IncompatibleError(f"the operators need a processor with {needs}; here: {' '.join(present) or 'none'}")
+    return usable[-1]
+
+
 class InductorPrograms:
     """Programs of one artifact on a CPU."""
 
     chunk_maxima = staticmethod(ops.chunk_maxima)
     own_threads = staticmethod(ops.one_torch_thread)
 
-    def __init__(self, artifact: Artifact, num_threads: int | None = None, only: Iterable[str] | None = None) -> None:
+    def __init__(
+        self,
+        artifact: Artifact,
+        isa: Iterable[str],
+        num_threads: int | None = None,
+        only: Iterable[str] | None = None,
+    ) -> None:
         """Loads the operator library, maps the weights and loads every program (or those named in `only`).
 
+        Args:
+            artifact: an artifact that fits this machine (`artifact.check_host`).
+            isa: CPU features that may be used.
+            num_threads: of the operators; default: the cores this process may use.
+            only: names of programs.
+
         Raises:
+            IncompatibleError: no build of the operators does with these features.
             ArtifactCorruptError: a program asks for a weight that the artifact does not have.
         """
         manifest = artifact.manifest
-        assert manifest.ops is not None
-        ops.load_operators(artifact.file(manifest.ops), manifest.ops.sha256, ops.PROCESS_OPERATORS)
-        ops.set_num_threads(num_threads or usable_cores())
+        library = best_library(manifest, isa)
+        ops.load_operators(artifact.file(library.file), library.file.sha256, ops.PROCESS_OPERATORS)
+        cores = usable_cores()
+        if num_threads is not None and num_threads > cores:
+            warnings.warn(
+                f"{num_threads} threads, but this process may use {cores} cores: threads that share a core wait for each"
+                " other at every operator; leave num_threads out, or lower it",
+                stacklevel=4,
+            )
+        ops.set_num_threads(num_threads or cores)
         self._weights = map_weights(artifact.file(manifest.weights))
         wanted = None if only is None else set(only)
         self._programs = {

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from multibatch import ops, reference
 from multibatch.artifact import sha256_file
 from multibatch.reference import AttentionOptions, StepInputs
 from multibatch.sampler import chunk_maxima_of
-from multibatch_compile.operators import operator_library
+from multibatch_compile.operators import operator_library, targets
 from multibatch_compile.packing import pack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -19,12 +22,24 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
 
 # Rows of one group, two and many; inputs beyond one range; outputs that do not fill a panel.
-SHAPES = [(1, 64, 96), (3, 33, 70), (13, 128, 32), (16, 1030, 40), (13, 90, 64), (24, 257, 70), (40, 17, 1), (25, 64, 33), (130, 900, 300)]
+SHAPES = [
+    (1, 64, 96),
+    (3, 33, 70),
+    (13, 128, 32),
+    (16, 1030, 40),
+    (13, 90, 64),
+    (24, 257, 70),
+    (40, 17, 1),
+    (25, 64, 33),
+    (130, 900, 300),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _operators() -> None:
-    library = operator_library()
+    # The same tests prove the build for lesser processors, in a process of its own.
+    name = os.environ.get("MULTIBATCH_TEST_OPERATORS", "native")
+    library = operator_library(next(target for target in targets(portable=True) if target.name == name))
     ops.load_operators(library, sha256_file(library), ops.PROCESS_OPERATORS)
     ops.set_num_threads(2)
 
@@ -222,3 +237,15 @@ def test_threads_that_are_put_aside_and_resized_lose_no_tile() -> None:
 def _spin() -> None:
     while True:
         pass
+
+
+@pytest.mark.skipif("MULTIBATCH_TEST_OPERATORS" in os.environ, reason="this is the run that the test starts")
+def test_the_build_for_lesser_processors_passes_the_same_tests() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env={**os.environ, "MULTIBATCH_TEST_OPERATORS": "portable"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:]

@@ -9,7 +9,7 @@ from multibatch.artifact import Artifact, record_file
 from multibatch.manifest import FileRecord, Manifest
 from multibatch.publish import Staging
 
-GOLDEN = Path(__file__).parent / "data" / "manifest_v2.json"
+GOLDEN = Path(__file__).parent / "data" / "manifest_v3.json"
 
 
 def write_files(folder: Path, text: str = "one") -> Manifest:
@@ -27,7 +27,7 @@ def write_files(folder: Path, text: str = "one") -> Manifest:
         golden,
         programs=tuple(programs),
         weights=written(golden.weights),
-        ops=None if golden.ops is None else written(golden.ops),
+        ops=tuple(replace(library, file=written(library.file)) for library in golden.ops),
         files=tuple(written(x) for x in golden.files),
     )
 

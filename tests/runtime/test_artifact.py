@@ -11,7 +11,7 @@ import pytest
 
 from multibatch.artifact import Artifact, check_host, recompile_command, sha256_file
 from multibatch.errors import ArtifactCorruptError, ConfigError, IncompatibleError
-from multibatch.manifest import Manifest
+from multibatch.manifest import SCHEMA_VERSION, Manifest
 from tests.runtime.small_artifact import GOLDEN, build
 
 RECORDED = [x.path for x in Manifest.from_json(GOLDEN.read_text(encoding="utf-8")).all_files]
@@ -90,11 +90,11 @@ def test_an_unknown_way_to_verify_is_refused(built: Path) -> None:
 
 def test_a_newer_schema_is_refused_with_advice(built: Path) -> None:
     file = built / "manifest.json"
-    text = file.read_text(encoding="utf-8").replace('"schema_version": 2', '"schema_version": 3')
+    text = file.read_text(encoding="utf-8").replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 99')
     file.write_text(text, encoding="utf-8")
     digest = hashlib.sha256(text.encode()).hexdigest()
     (built / "manifest.sha256").write_text(f"{digest}  manifest.json\n", encoding="utf-8")
-    with pytest.raises(IncompatibleError, match=r"model: .*newer schema version 3.*update"):
+    with pytest.raises(IncompatibleError, match=r"model: .*newer schema version 99.*update"):
         Artifact.open(built)
 
 
@@ -135,7 +135,7 @@ class TestCheckHost:
     def test_eager_runs_with_any_torch_unless_it_has_an_operator_library(self) -> None:
         programs = tuple(replace(x, file=None) for x in self.manifest.programs)
         build = replace(self.manifest.build, backend="eager")
-        eager = replace(self.manifest, build=build, programs=programs, ops=None)
+        eager = replace(self.manifest, build=build, programs=programs, ops=())
         self.check(eager, torch_version="2.9.0")
         with pytest.raises(IncompatibleError, match="torch"):
             self.check(replace(eager, ops=self.manifest.ops), torch_version="2.9.0")

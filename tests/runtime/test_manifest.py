@@ -24,6 +24,7 @@ from multibatch.manifest import (
     KVLayout,
     Manifest,
     ModelInfo,
+    OperatorLibrary,
     ProgramSpec,
     Quantization,
     TensorSpec,
@@ -98,7 +99,7 @@ def example() -> Manifest:
             program("prefill_16", 4, 16),
         ),
         weights=FileRecord("weights.safetensors", SHA, 2000),
-        ops=FileRecord("ops/multibatch_ops.so", SHA, 300),
+        ops=(OperatorLibrary(file=FileRecord("ops/multibatch_ops_native.so", SHA, 300), isa=("avx2", "fma")),),
         files=(FileRecord("config.json", SHA, 30), FileRecord("tokenizer/tokenizer.json", SHA, 40)),
         canary=Canary(prompt_token_ids=(5, 6), token_ids=(7,), logprobs=(-0.25,), tolerance=0.0625),
         quantization=Quantization(
@@ -120,7 +121,7 @@ def changed(path: str, value: object) -> str:
 
 def test_the_golden_file_is_what_this_version_writes() -> None:
     """A change here changes what old artifacts mean: raise SCHEMA_VERSION with it."""
-    assert SCHEMA_VERSION == 2
+    assert SCHEMA_VERSION == 3
     assert example().to_json() == GOLDEN.read_text(encoding="utf-8")
     assert Manifest.from_json(GOLDEN.read_text(encoding="utf-8")) == example()
 
@@ -201,7 +202,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
         max_num_seqs=draw(st.integers(1, max(sizes))),
         prefill_rows=rows,
         programs=tuple(draw(st.permutations(decoders + prefills))),
-        ops=base.ops if draw(st.booleans()) else None,
+        ops=base.ops if draw(st.booleans()) else (),
         canary=base.canary if draw(st.booleans()) else None,
         quantization=base.quantization if draw(st.booleans()) else None,
     )
@@ -374,7 +375,7 @@ def test_programs_are_unique_and_of_both_kinds() -> None:
 
 @pytest.mark.parametrize(
     ("version", "message"),
-    [(3, "newer schema version 3.*reads version 2; update multibatch"), (0, "older.*compile")],
+    [(4, "newer schema version 4.*reads version 3; update multibatch"), (0, "older.*compile")],
 )
 def test_another_schema_says_what_to_do(version: int, message: str) -> None:
     # The keys of another schema may differ; its version is still what is reported.
