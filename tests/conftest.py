@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+
+if TYPE_CHECKING:
+    from multibatch import LLM
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -49,6 +53,23 @@ def eager_artifact(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -
         backend="eager",
     )
     return target
+
+
+@pytest.fixture(scope="session")
+def share_of_right_answers() -> Callable[[LLM], float]:
+    """Asks 150 questions of every kind at once; each has to end by itself."""
+    from multibatch import SamplingParams
+    from multibatch.demo.questions import is_correct, sample_question
+
+    def ask(llm: LLM) -> float:
+        rng = random.Random(5)
+        questions = [sample_question(rng) for _ in range(150)]
+        conversations = [[{"role": "user", "content": q.text}] for q in questions]
+        outputs = llm.chat(conversations, SamplingParams(temperature=0.0, max_tokens=96), use_tqdm=False)
+        assert {o.outputs[0].finish_reason for o in outputs} == {"stop"}
+        return sum(is_correct(q, o.outputs[0].text) for q, o in zip(questions, outputs, strict=True)) / len(questions)
+
+    return ask
 
 
 @pytest.fixture(scope="session")

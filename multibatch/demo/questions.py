@@ -176,8 +176,8 @@ SHOWCASE: tuple[Question, ...] = (
     Question("day_after", "Which day comes after Monday?", "Tuesday"),
     Question(
         "count_down",
-        "Count down from 20 to 8.",
-        "20, 19, 18, 17, 16, 15, 14, 13, 12, 11, 10, 9, 8.",
+        "Count down from 20 to 11.",
+        "20, 19, 18, 17, 16, 15, 14, 13, 12, 11.",
     ),
     Question("difference", "What is 93 minus 58?", "93 - 58 = 35."),
     Question("plural", "What is the plural of mouse?", "The plural of mouse is mice."),

@@ -159,7 +159,7 @@ def save(model: Any, tokenizer: Any, out: Path) -> None:
     default=DEFAULT_OUT,
     help="Folder to write; by default the one inside the package.",
 )
-@click.option("--steps", type=click.IntRange(min=1), default=3500, show_default=True)
+@click.option("--steps", type=click.IntRange(min=1), default=3000, show_default=True)
 @click.option("--threads", type=click.IntRange(min=1), default=2, show_default=True)
 @click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
 @click.option("--batch-tokens", type=click.IntRange(min=512), default=4096, show_default=True)
