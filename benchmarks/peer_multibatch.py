@@ -1,8 +1,8 @@
 """multibatch as one of the engines of a side-by-side measurement: greedy, token ids in and out, one call at a time.
 
 The kit that runs the engines in turn brings `common` (workloads, clock, JSON lines) and starts this as
-`peer_multibatch.py VARIANT w1|w2|check`. A variant is `bf16` or `int8`, with a ladder after a colon: `bf16:16` compiles and
-serves the one size 16; without, the ladder is 1, 2, 4, 8, 16. Artifacts are kept and used again.
+`peer_multibatch.py VARIANT w1|w2|check`. A variant is `bf16` or `int8`: one program for any batch size up to 16; with a ladder
+after a colon, such as `bf16:1,4,16`, a decoder for each size. Artifacts are kept and used again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from multibatch.config import EngineConfig
 from multibatch.engine import Engine
 from multibatch.sampling_params import RequestOutputKind, SamplingParams
 
-LADDER = [1, 2, 4, 8, 16]
+MOST = 16
 MAX_SEQ_LEN = 1280
 QUANTIZATION = {"bf16": "none", "int8": "int8"}
 
@@ -27,8 +27,8 @@ QUANTIZATION = {"bf16": "none", "int8": "int8"}
 def load(model_dir: str, variant: str, max_running: int) -> Engine:
     """The engine over the variant's artifact, which is compiled first if it is not there."""
     kind, _, sizes = variant.partition(":")
-    ladder = [int(size) for size in sizes.split(",")] if sizes else LADDER
-    target = Path(common.HOME) / "artifacts" / f"{Path(model_dir).name}-{kind}-{'-'.join(map(str, ladder))}"
+    ladder = [int(size) for size in sizes.split(",")] if sizes else "any"
+    target = Path(common.HOME) / "artifacts" / f"{Path(model_dir).name}-{kind}-{sizes.replace(',', '-') or 'any'}"
     if not target.is_dir():
         import multibatch_compile
 
@@ -37,12 +37,14 @@ def load(model_dir: str, variant: str, max_running: int) -> Engine:
             model_dir,
             target,
             decoder_batch_sizes=ladder,
+            max_num_seqs=max(ladder) if isinstance(ladder, list) else MOST,
             max_seq_len=MAX_SEQ_LEN,
             dtype="bfloat16",
             quantization=QUANTIZATION[kind],
         )
-    limit = min(max_running, max(ladder))
-    return Engine(Artifact.open(target), EngineConfig(max_num_seqs=limit, num_threads=common.THREADS))
+    artifact = Artifact.open(target)
+    limit = min(max_running, artifact.manifest.max_num_seqs)
+    return Engine(artifact, EngineConfig(max_num_seqs=limit, num_threads=common.THREADS))
 
 
 def generate(engine: Engine, requests: list[Any]) -> list[Any]:

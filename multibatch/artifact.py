@@ -120,14 +120,17 @@ def check_host(
 
 def recompile_command(manifest: Manifest, output: str | os.PathLike[str] = "ARTIFACT") -> str:
     """The command that builds the same artifact again, on the machine that shall serve it."""
-    sizes = ",".join(str(size) for size in reversed(manifest.decoder_batch_sizes))
+    sizes = ",".join(str(size) for size in reversed(manifest.decoders)) or "any"
     chunks = ",".join(str(size) for size in manifest.prefill_chunk_sizes)
+    prefill = f"--prefill-chunk-sizes {chunks}" if chunks else f"--max-num-batched-tokens {manifest.max_prefill_tokens}"
     return (
         f"multibatch compile {shlex.quote(manifest.model.id)} -o {shlex.quote(os.fspath(output))}"
         f" --decoder-batch-sizes {sizes} --max-num-seqs {manifest.max_num_seqs}"
-        f" --max-seq-len {manifest.max_seq_len} --prefill-chunk-sizes {chunks}"
+        f" --max-seq-len {manifest.max_seq_len} {prefill}"
         f" --block-size {manifest.kv.block_size} --dtype {manifest.model.dtype}"
-        f" --backend {manifest.build.backend} --device {manifest.build.device} --force"
+        + (f" --quantization {manifest.quantization.scheme}" if manifest.quantization else "")
+        + (" --portable" if len(manifest.ops) > 1 else "")
+        + f" --backend {manifest.build.backend} --device {manifest.build.device} --force"
     )
 
 

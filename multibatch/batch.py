@@ -69,27 +69,71 @@ def prefill_inputs(
     chunks: Sequence[PrefillChunk], num_tokens: int, num_rows: int, max_blocks: int, block_size: int
 ) -> ProgramInputs:
     """T = num_tokens, R = num_rows; the chunks' tokens one after the other, then padding."""
-    tokens: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    starts = [0]
+    flat = _flattened(chunks, (), max_blocks, block_size)
+    padding, empty = num_tokens - len(flat.tokens), num_rows - len(chunks)
+    return ProgramInputs(
+        torch.tensor([flat.tokens + [0] * padding]),
+        torch.tensor([flat.positions + [0] * padding]),
+        torch.tensor(flat.slots + [0] * padding),
+        torch.tensor(flat.starts + [flat.starts[-1]] * empty, dtype=torch.int32),
+        torch.tensor(flat.tables + [[0] * max_blocks] * empty, dtype=torch.int32),
+        torch.tensor(flat.lengths + [1] * empty, dtype=torch.int32),
+        torch.tensor([stop - 1 for stop in flat.starts[1:]] + [0] * empty),
+    )
+
+
+def step_inputs(
+    chunks: Sequence[PrefillChunk], rows: Sequence[DecodeRow], max_blocks: int, block_size: int
+) -> ProgramInputs:
+    """Chunks of prompts, then decode rows, in one call without padding.
+
+    Logits are asked for where a token will be sampled: of each chunk that ends its prompt, then of each decode row. Where
+    none will be, of the first token, since a program gives at least one row.
+    """
+    flat = _flattened(chunks, rows, max_blocks, block_size)
+    last = [stop - 1 for stop in flat.starts[1:]]
+    keep = [token for token, chunk in zip(last, chunks, strict=False) if chunk.is_last] + last[len(chunks) :]
+    return ProgramInputs(
+        torch.tensor([flat.tokens]),
+        torch.tensor([flat.positions]),
+        torch.tensor(flat.slots),
+        torch.tensor(flat.starts, dtype=torch.int32),
+        torch.tensor(flat.tables, dtype=torch.int32),
+        torch.tensor(flat.lengths, dtype=torch.int32),
+        torch.tensor(keep or [0]),
+    )
+
+
+@dataclass(slots=True)
+class _Flattened:
+    tokens: list[int]
+    positions: list[int]
+    slots: list[int]
+    starts: list[int]
+    tables: list[list[int]]
+    lengths: list[int]
+
+
+def _flattened(
+    chunks: Sequence[PrefillChunk], rows: Sequence[DecodeRow], max_blocks: int, block_size: int
+) -> _Flattened:
+    flat = _Flattened([], [], [], [0], [], [])
     for chunk in chunks:
         sequence = chunk.sequence
-        tokens += sequence.token_ids[chunk.start : chunk.stop]
-        positions += range(chunk.start, chunk.stop)
-        slots += slots_of(sequence.block_ids, chunk.start, chunk.stop, block_size)
-        starts.append(len(tokens))
-    padding, empty = num_tokens - len(tokens), num_rows - len(chunks)
-    tables = [_table(c.sequence.block_ids, c.stop, max_blocks, block_size) for c in chunks]
-    return ProgramInputs(
-        torch.tensor([tokens + [0] * padding]),
-        torch.tensor([positions + [0] * padding]),
-        torch.tensor(slots + [0] * padding),
-        torch.tensor(starts + [starts[-1]] * empty, dtype=torch.int32),
-        torch.tensor(tables + [[0] * max_blocks] * empty, dtype=torch.int32),
-        torch.tensor([c.stop for c in chunks] + [1] * empty, dtype=torch.int32),
-        torch.tensor([stop - 1 for stop in starts[1:]] + [0] * empty),
-    )
+        flat.tokens += sequence.token_ids[chunk.start : chunk.stop]
+        flat.positions += range(chunk.start, chunk.stop)
+        flat.slots += slots_of(sequence.block_ids, chunk.start, chunk.stop, block_size)
+        flat.starts.append(len(flat.tokens))
+        flat.tables.append(_table(sequence.block_ids, chunk.stop, max_blocks, block_size))
+        flat.lengths.append(chunk.stop)
+    for row in rows:
+        flat.tokens.append(row.token_id)
+        flat.positions.append(row.position)
+        flat.slots.append(slot_of(row.block_ids, row.position, block_size))
+        flat.starts.append(len(flat.tokens))
+        flat.tables.append(_table(row.block_ids, row.position + 1, max_blocks, block_size))
+        flat.lengths.append(row.position + 1)
+    return flat
 
 
 def _table(block_ids: Sequence[int], length: int, max_blocks: int, block_size: int) -> list[int]:

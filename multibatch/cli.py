@@ -54,6 +54,10 @@ def _sizes(_: click.Context, __: click.Parameter, value: str | None) -> list[int
     return None if value is None else parse_batch_sizes(value)
 
 
+def _sizes_or_any(context: click.Context, option: click.Parameter, value: str) -> list[int] | str | None:
+    return value if value == "any" else _sizes(context, option, value)
+
+
 def _quiet() -> None:
     from transformers.utils import logging as hf_logging
 
@@ -65,11 +69,20 @@ def _quiet() -> None:
 @main.command("compile")
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The artifact's folder.")
-@click.option("--decoder-batch-sizes", default="8,4,1", show_default=True, callback=_sizes, help="One decoder each.")
+@click.option(
+    "--decoder-batch-sizes",
+    default="any",
+    show_default=True,
+    callback=_sizes_or_any,
+    help="any: one program for all sizes; or such as 8,4,1: a decoder each.",
+)
 @click.option("--max-seq-len", default=2048, show_default=True, help="Longest sequence, prompt and output together.")
-@click.option("--max-num-seqs", type=int, help="Sequences that run at once; default: the largest size.")
+@click.option("--max-num-seqs", type=int, help="Sequences that run at once; default: the largest size, or 8.")
 @click.option("--block-size", default=32, show_default=True, help="Tokens per KV block; a multiple of 16.")
-@click.option("--prefill-chunk-sizes", callback=_sizes, help="Tokens of each prefill program; default 32,128,512.")
+@click.option(
+    "--prefill-chunk-sizes", callback=_sizes, help="A padded prefill program each; default: none, any length."
+)
+@click.option("--max-num-batched-tokens", type=int, help="Prompt tokens of one call of any length; default 512.")
 @click.option("--dtype", help="bfloat16, float16 or float32; default: the checkpoint's.")
 @click.option("--quantization", default="none", show_default=True, help="none, or int8: a byte per weight.")
 @click.option("--backend", default="inductor", show_default=True, help="inductor, or eager (nothing compiled).")
@@ -119,7 +132,7 @@ def inspect_command(artifact: Path, as_json: bool) -> None:
     opened = Artifact.open(artifact)
     if as_json:
         record = json.loads(opened.manifest.to_json())
-        record["figures"] = [_figures(opened.manifest, p.name) for p in opened.manifest.programs]
+        record["figures"] = [x for p in opened.manifest.programs for x in _figures(opened.manifest, p.name)]
         click.echo(json.dumps(record, indent=2))
         return
     _print_table(opened)
@@ -277,11 +290,9 @@ def demo_command(output: Path) -> None:
         _OUT.print(f"{output} is there already: nothing to compile")
     else:
         _OUT.print(
-            f"Compiling the demo model into {output}: decoders 8, 4, 1 and prefill programs of 32 and 128 tokens"
+            f"Compiling the demo model into {output}: decoders 8, 4, 1, and one program for prompts of any length"
         )
-        multibatch_compile.compile_model(
-            model, output, decoder_batch_sizes=[8, 4, 1], max_seq_len=512, prefill_chunk_sizes=[32, 128], progress=True
-        )
+        multibatch_compile.compile_model(model, output, decoder_batch_sizes=[8, 4, 1], max_seq_len=512, progress=True)
     _print_table(Artifact.open(output))
     run_waves(LLM(output), _OUT)
     _OUT.print(
@@ -289,16 +300,27 @@ def demo_command(output: Path) -> None:
     )
 
 
-def _figures(manifest: Manifest, name: str) -> dict[str, Any]:
-    """What follows from the measurements of one program."""
+def _figures(manifest: Manifest, name: str) -> list[dict[str, Any]]:
+    """What follows from the measurements of one program: of a full call, then of smaller ones."""
     spec = manifest.program(name)
-    rate = share = None
-    if spec.measured_ms:
-        rate = spec.num_tokens / spec.measured_ms * 1000
-        bandwidth = manifest.build.measured_bandwidth_gbps
-        if bandwidth and spec.kind == "decode":
-            share = manifest.model.weight_bytes / (spec.measured_ms * 1e-3) / (bandwidth * 1e9)
-    return {"program": name, "tokens_per_second_at_full": rate, "share_of_bandwidth": share}
+    tokens = spec.num_tokens if spec.kind != "step" else manifest.max_prefill_tokens
+    calls = [(name, tokens, spec.measured_ms, spec.kind == "decode")]
+    for t in spec.timings:
+        is_decode = t.num_rows == t.num_tokens
+        what = f"{name}: {t.num_rows} rows" if is_decode else f"{name}: {t.num_tokens} tokens"
+        calls.append((what.replace(" 1 rows", " 1 row"), t.num_tokens, t.ms, is_decode))
+    bandwidth = manifest.build.measured_bandwidth_gbps
+    figures = []
+    for what, count, ms, is_decode in calls:
+        share = manifest.model.weight_bytes / (ms * 1e6 * bandwidth) if ms and bandwidth and is_decode else None
+        rate = count / ms * 1000 if ms else None
+        figures.append({"program": what, "ms": ms, "tokens_per_second_at_full": rate, "share_of_bandwidth": share})
+    return figures
+
+
+def _call(figures: dict[str, Any]) -> tuple[str, str, str]:
+    rate, share = figures["tokens_per_second_at_full"], figures["share_of_bandwidth"]
+    return _show(figures["ms"], ".2f"), _show(rate, ".1f"), _show(share, ".0%")
 
 
 def _show(value: Any, form: str) -> str:
@@ -311,18 +333,18 @@ def _print_table(artifact: Artifact) -> None:
     for name in ("program", "ms", "tok/s full", "of GB/s", "build s", "MB", "error", "vs alone"):
         table.add_column(name, justify="left" if name == "program" else "right", no_wrap=True)
     for spec in manifest.programs:
-        figures = _figures(manifest, spec.name)
+        whole, *smaller = _figures(manifest, spec.name)
         bits = {None: "-", True: "equal", False: _show(spec.max_size_difference, ".2g")}[spec.bit_equal]
         table.add_row(
             spec.name,
-            _show(spec.measured_ms, ".2f"),
-            _show(figures["tokens_per_second_at_full"], ".1f"),
-            _show(figures["share_of_bandwidth"], ".0%"),
+            *_call(whole),
             _show(spec.build_seconds, ".1f"),
             _show(spec.file.bytes / 1e6 if spec.file else None, ".1f"),
             _show(spec.max_abs_error, ".2g"),
             bits,
         )
+        for figures in smaller:
+            table.add_row(figures["program"], *_call(figures))
     _OUT.print(table)
     build, model = manifest.build, manifest.model
     lines = [

@@ -88,8 +88,8 @@ class Engine:
             max_num_seqs=self.max_num_seqs,
             max_seq_len=self.max_seq_len,
             block_size=manifest.kv.block_size,
-            max_prefill_tokens=max(manifest.prefill_chunk_sizes),
-            max_prefill_rows=min(p.batch_size for p in manifest.prefills.values()),
+            max_prefill_tokens=manifest.max_prefill_tokens,
+            max_prefill_rows=manifest.max_prefill_rows,
         )
         self._allocator = BlockAllocator(num_blocks + 1)
         self.scheduler = Scheduler(limits, self._allocator)

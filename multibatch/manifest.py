@@ -65,16 +65,33 @@ class FileRecord:
         _require(self.bytes >= 0, f"bytes of {self.path}", self.bytes, "an int >= 0")
 
 
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """What calls of one shape take on the machine that built the program."""
+
+    # R: rows of the call.
+    num_rows: int
+    # T: tokens of the call.
+    num_tokens: int
+    # Median wall time.
+    ms: float
+
+    def __post_init__(self) -> None:
+        _at_least(1, self.num_rows, "timings: num_rows")
+        _at_least(self.num_rows, self.num_tokens, "timings: num_tokens")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramSpec:
     """One compiled program: T flattened tokens of R rows."""
 
-    # `decoder_name(batch_size)` or `prefill_name(num_tokens)`.
+    # `decoder_name(batch_size)`, `prefill_name(num_tokens)` or STEP.
     name: str
-    kind: Literal["decode", "prefill"]
-    # R: rows (sequences) of one call.
+    # step: any numbers of rows and tokens up to the program's, decode rows and chunks of prompts mixed.
+    kind: Literal["decode", "prefill", "step"]
+    # R: rows (sequences) of one call; the most of a step program.
     batch_size: int
-    # T: tokens of one call; equals batch_size for decode.
+    # T: tokens of one call; equals batch_size for decode; the most of a step program.
     num_tokens: int
     # None for the eager backend, which compiles nothing.
     file: FileRecord | None
@@ -91,6 +108,8 @@ class ProgramSpec:
     bit_equal: bool | None = None
     # Where it does not: the largest absolute difference of the logits.
     max_size_difference: float | None = None
+    # Of a step program: smaller calls, ascending by tokens.
+    timings: tuple[Timing, ...] = ()
 
     def __post_init__(self) -> None:
         _at_least(1, self.batch_size, f"batch_size of program {self.name!r}")
@@ -99,8 +118,11 @@ class ProgramSpec:
             expected = decoder_name(self.batch_size)
             same = self.num_tokens == self.batch_size
             _require(same, f"num_tokens of {self.name!r}", self.num_tokens, self.batch_size)
-        else:
+        elif self.kind == "prefill":
             expected = prefill_name(self.num_tokens)
+        else:
+            expected = STEP
+            _at_least(self.batch_size + 1, self.num_tokens, f"num_tokens of {self.name!r}")
         _require(self.name == expected, "a program's name", self.name, expected)
 
 
@@ -282,8 +304,6 @@ class Manifest:
     max_seq_len: int
     # Most sequences that may run at once; the largest decoder holds them.
     max_num_seqs: int
-    # Most prompts that one prefill call takes.
-    prefill_rows: int
     programs: tuple[ProgramSpec, ...]
     weights: FileRecord
     # Builds of the operators, each for more CPU features than the one before; empty where the programs call none.
@@ -298,7 +318,7 @@ class Manifest:
     def __post_init__(self) -> None:
         same = self.schema_version == SCHEMA_VERSION
         _require(same, "schema_version", self.schema_version, SCHEMA_VERSION)
-        for name in ("max_seq_len", "max_num_seqs", "prefill_rows"):
+        for name in ("max_seq_len", "max_num_seqs"):
             _at_least(1, getattr(self, name), name)
         _unique([program.name for program in self.programs], "programs: names")
         _unique([record.path for record in self.all_files], "files: paths")
@@ -313,16 +333,12 @@ class Manifest:
         sizes = self.decoder_batch_sizes
         covers = bool(sizes) and sizes[-1] >= self.max_num_seqs
         _require(covers, "decoder batch sizes", sizes, f"a size >= {self.max_num_seqs}")
-        _require(bool(self.prefills), "prefill programs", 0, "at least one")
+        _require(bool(self.prefills) or self.step is not None, "prefill or step programs", 0, "at least one")
         compiled = self.build.backend != "eager"
         for program in self.programs:
             allowed = f"{'a file' if compiled else 'null'} for backend {self.build.backend}"
             has_file = program.file is not None
             _require(has_file == compiled, f"file of {program.name!r}", program.file, allowed)
-            if program.kind == "prefill":
-                fits = program.batch_size <= self.prefill_rows
-                what = f"batch_size of {program.name!r}"
-                _require(fits, what, program.batch_size, f"at most {self.prefill_rows}")
 
     @property
     def decoders(self) -> dict[int, ProgramSpec]:
@@ -337,9 +353,33 @@ class Manifest:
         return {x.num_tokens: x for x in sorted(prefill, key=lambda x: x.num_tokens)}
 
     @property
+    def step(self) -> ProgramSpec | None:
+        """The program for any numbers of rows and tokens, where there is one."""
+        return next((program for program in self.programs if program.kind == "step"), None)
+
+    @property
     def decoder_batch_sizes(self) -> tuple[int, ...]:
-        """The ladder, ascending."""
+        """The ladder, ascending. Without decoders of its own an artifact has one rung per number of rows."""
+        if not self.decoders and self.step is not None:
+            return tuple(range(1, self.step.batch_size + 1))
         return tuple(self.decoders)
+
+    def decoder_for(self, batch_size: int) -> ProgramSpec:
+        """The program that runs a rung of the ladder."""
+        found = self.decoders.get(batch_size) or self.step
+        if found is None:
+            raise KeyError(f"no decoder for {batch_size} rows; there are {self.decoder_batch_sizes}")
+        return found
+
+    @property
+    def max_prefill_tokens(self) -> int:
+        """Most tokens of prompts in one call."""
+        return max(self.prefills) if self.step is None else self.step.num_tokens - self.step.batch_size
+
+    @property
+    def max_prefill_rows(self) -> int:
+        """Most prompts in one call."""
+        return min(x.batch_size for x in self.prefills.values()) if self.step is None else self.step.batch_size
 
     @property
     def prefill_chunk_sizes(self) -> tuple[int, ...]:
@@ -383,6 +423,10 @@ class Manifest:
             message = f"{source}: not a readable manifest: {error}; compile the model again"
             raise ArtifactCorruptError(message) from error
         return manifest
+
+
+STEP: Final = "step"
+"""Name of the step program, also its file's stem."""
 
 
 def decoder_name(batch_size: int) -> str:

@@ -8,10 +8,10 @@ from collections.abc import Callable
 import torch
 
 from multibatch.backends.base import LoadedPrograms
-from multibatch.batch import DecodeRow, decode_inputs, prefill_inputs
+from multibatch.batch import DecodeRow, decode_inputs, prefill_inputs, step_inputs
 from multibatch.kv.block_table import blocks_for
 from multibatch.kv.pool import KVPool
-from multibatch.manifest import Manifest, decoder_name, prefill_name
+from multibatch.manifest import STEP, Manifest, decoder_name, prefill_name
 from multibatch.metrics import CallRecord
 from multibatch.scheduled_step import ScheduledStep
 from multibatch.selector import Selector, select_chunk
@@ -40,17 +40,32 @@ class Runner:
 
     def run(self, step: ScheduledStep) -> torch.Tensor:
         """Logits of the step's sampled sequences, [len(step.sampled), V], in that order."""
+        rows = [
+            DecodeRow(seq.token_ids[seq.num_computed_tokens - 1], seq.num_computed_tokens - 1, seq.block_ids)
+            for seq in step.decode
+        ]
+        if step.prefill and self._manifest.step is not None:
+            return self._mixed(step, rows)
         parts: list[torch.Tensor] = []
         if step.prefill:
             logits = self._prefill(step)
             last = [i for i, chunk in enumerate(step.prefill) if chunk.is_last]
             if last:
                 parts.append(logits[last] if len(last) < logits.shape[0] else logits)
-        if step.decode:
-            parts += self._decode(step)
+        if rows:
+            parts += self._decode(rows)
         if not parts:
             return torch.empty((0, self._manifest.model.vocab_size))
         return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _mixed(self, step: ScheduledStep, rows: list[DecodeRow]) -> torch.Tensor:
+        """Prompts and decode rows in one call, so that the weights are read once."""
+        inputs = step_inputs(step.prefill, rows, self._max_blocks, self._block_size)
+        start = self._clock()
+        logits = self._programs.run(STEP, inputs, self._pool)
+        num_tokens = step.num_prefill_tokens + len(rows)
+        self._record(STEP, num_tokens, num_tokens, start)
+        return logits[: len(step.sampled)]
 
     def _prefill(self, step: ScheduledStep) -> torch.Tensor:
         size = select_chunk(step.num_prefill_tokens, self._manifest.prefill_chunk_sizes)
@@ -61,19 +76,15 @@ class Runner:
         self._record(prefill_name(size), step.num_prefill_tokens, size, start)
         return logits
 
-    def _decode(self, step: ScheduledStep) -> list[torch.Tensor]:
-        rows = [
-            DecodeRow(seq.token_ids[seq.num_computed_tokens - 1], seq.num_computed_tokens - 1, seq.block_ids)
-            for seq in step.decode
-        ]
+    def _decode(self, rows: list[DecodeRow]) -> list[torch.Tensor]:
         parts = []
         for slot in self._selector.select(len(rows)):
             live = rows[slot.start : slot.stop]
+            program = self._manifest.decoder_for(slot.batch_size)
             inputs = decode_inputs(live, slot.batch_size, self._max_blocks, self._block_size)
-            name = decoder_name(slot.batch_size)
             start = self._clock()
-            logits = self._programs.run(name, inputs, self._pool)
-            self._record(name, slot.num_live, slot.batch_size, start)
+            logits = self._programs.run(program.name, inputs, self._pool)
+            self._record(decoder_name(slot.batch_size), slot.num_live, slot.batch_size, start)
             parts.append(logits[: slot.num_live])
         return parts
 

@@ -19,11 +19,12 @@ import multibatch
 from multibatch.artifact import Artifact, record_file
 from multibatch.config import EngineConfig
 from multibatch.engine import Engine, check_this_host, load_programs
-from multibatch.errors import CompileError
+from multibatch.errors import CompileError, ConfigError
 from multibatch.hardware import available_memory_bytes, read_cpu_info, usable_cores
 from multibatch.kv.block_table import blocks_for
 from multibatch.ladder import DecoderLadder
 from multibatch.manifest import (
+    STEP,
     BuildInfo,
     FileRecord,
     KVLayout,
@@ -40,9 +41,9 @@ from multibatch.publish import Staging, ensure_disk_space, update
 from multibatch.roofline import measure_bandwidth
 
 from .canary import record_canary
-from .config import CompileConfig, make_config
+from .config import ANY, CompileConfig, make_config
 from .export import ProgramShape, input_specs
-from .measure import measure_program
+from .measure import measure_program, measure_timings
 from .model import LoadedModel, load_model, write_weights
 from .operators import Target, find_compiler, is_built, operator_library, targets
 from .progress import Progress
@@ -59,11 +60,12 @@ def compile_model(
     model: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    decoder_batch_sizes: Iterable[object] = (8, 4, 1),
+    decoder_batch_sizes: Iterable[object] | str = ANY,
     max_num_seqs: int | None = None,
     max_seq_len: int = 2048,
     block_size: int = 32,
     prefill_chunk_sizes: Iterable[object] | None = None,
+    max_num_batched_tokens: int | None = None,
     dtype: str | None = None,
     quantization: str = "none",
     backend: str = "inductor",
@@ -79,11 +81,15 @@ def compile_model(
     Args:
         model: a local folder in Hugging Face format, or a hub id.
         output: the artifact's folder; it appears whole or not at all.
-        decoder_batch_sizes: one decoder each, in any order; the maximum is added where it is missing.
-        max_num_seqs: sequences that will run at once; default: the largest size.
+        decoder_batch_sizes: "any": one program for every batch size up to max_num_seqs, which a CPU runs as fast as
+            programs for one size (benchmarks/README.md). Or sizes in any order: a decoder each, to which live rows are
+            padded; the maximum is added where it is missing.
+        max_num_seqs: sequences that will run at once; default: the largest size, or 8.
         max_seq_len: longest sequence, prompt and output together.
         block_size: tokens per KV block.
-        prefill_chunk_sizes: tokens of each prefill program; default 32, 128, 512, as far as max_seq_len goes.
+        prefill_chunk_sizes: tokens of each prefill program, to which prompts are padded; default: none, one program takes
+            prompts of any length, and decode rows with them.
+        max_num_batched_tokens: prompt tokens of one call of that program; default 512.
         dtype: bfloat16, float16 or float32; default: the checkpoint's.
         quantization: none, or int8: weights of one byte with a scale per output, activations rounded per token.
         backend: inductor (AOTInductor programs) or eager (transformers' own code, nothing compiled).
@@ -106,6 +112,7 @@ def compile_model(
         max_seq_len=max_seq_len,
         block_size=block_size,
         prefill_chunk_sizes=prefill_chunk_sizes,
+        max_num_batched_tokens=max_num_batched_tokens,
         dtype=dtype,
         quantization=quantization,
         backend=backend,
@@ -135,6 +142,7 @@ def add_size(artifact: str | os.PathLike[str], size: int, *, jobs: int = 1, prog
     with Progress(progress) as bars, update(artifact) as (old, staging):
         manifest = old.manifest
         check_this_host(manifest)
+        _require_decoders(manifest)
         DecoderLadder(manifest.decoder_batch_sizes).with_size(size)
         with bars.stage("load the model"):
             scheme = "none" if manifest.quantization is None else manifest.quantization.scheme
@@ -145,7 +153,8 @@ def add_size(artifact: str | os.PathLike[str], size: int, *, jobs: int = 1, prog
                 raise CompileError(
                     f"{manifest.model.id} has other weights than the artifact was compiled from; compile it again"
                 )
-        spec = _decode_spec(size, manifest.max_seq_len, manifest.kv, manifest.model, manifest.build.backend)
+        shape = _decode_shape(size, blocks_for(manifest.max_seq_len, manifest.kv.block_size))
+        spec = _spec(shape, manifest.kv, manifest.model, manifest.build.backend)
         programs = sorted([*manifest.programs, spec], key=lambda p: (p.kind, p.num_tokens))
         manifest = dataclasses.replace(
             manifest, programs=tuple(programs), max_num_seqs=max(size, manifest.max_num_seqs), canary=None
@@ -163,6 +172,7 @@ def prune(artifact: str | os.PathLike[str], size: int) -> tuple[Artifact, str | 
     """
     with update(artifact) as (old, staging):
         manifest = old.manifest
+        _require_decoders(manifest)
         ladder = DecoderLadder(manifest.decoder_batch_sizes)
         left = ladder.without_size(size)
         gone = manifest.decoders[size]
@@ -174,6 +184,14 @@ def prune(artifact: str | os.PathLike[str], size: int) -> tuple[Artifact, str | 
             max_num_seqs=min(manifest.max_num_seqs, left.max),
         )
         return staging.publish(manifest), ladder.max_warning(left)
+
+
+def _require_decoders(manifest: Manifest) -> None:
+    if not manifest.decoders:
+        raise ConfigError(
+            f"one program serves every batch size up to {manifest.max_num_seqs}, so there is no ladder to change;"
+            " compile again with --max-num-seqs, or with --decoder-batch-sizes"
+        )
 
 
 def cache_name(model: str, options: Mapping[str, Any]) -> str:
@@ -206,20 +224,15 @@ def _stage_model(staging: Staging, loaded: LoadedModel, config: CompileConfig, s
         packing = loaded.packing if compiled else None
         read = write_weights(model, staging.path, staging.path / _WEIGHTS, loaded.info.dtype, packing)
         info = dataclasses.replace(loaded.info, weight_bytes=read)
-    kv, backend = loaded.kv, config.backend
-    programs = [_decode_spec(size, config.max_seq_len, kv, info, backend) for size in config.ladder.sizes]
-    rows = config.prefill_rows
-    programs += [
-        _prefill_spec(size, rows, config.max_seq_len, kv, info, backend) for size in config.prefill_chunk_sizes
-    ]
+    max_blocks = blocks_for(config.max_seq_len, loaded.kv.block_size)
+    programs = [_spec(shape, loaded.kv, info, config.backend) for shape in _shapes(config, max_blocks)]
     others = [p.relative_to(staging.path).as_posix() for p in sorted(staging.path.rglob("*")) if p.is_file()]
     return Manifest(
         model=info,
         build=_build_info(config, measure_bandwidth()),
-        kv=kv,
+        kv=loaded.kv,
         max_seq_len=config.max_seq_len,
         max_num_seqs=config.max_num_seqs,
-        prefill_rows=rows,
         programs=tuple(programs),
         weights=record_file(staging.path, _WEIGHTS),
         ops=tuple(_not_built(target) for target in targets(config.portable)) if compiled else (),
@@ -245,22 +258,20 @@ def _save_tokenizer(source: str, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def _decode_spec(size: int, max_seq_len: int, kv: KVLayout, info: ModelInfo, backend: str) -> ProgramSpec:
-    return _spec(
-        ProgramShape(decoder_name(size), "decode", size, size, blocks_for(max_seq_len, kv.block_size)),
-        kv,
-        info,
-        backend,
-    )
+def _shapes(config: CompileConfig, max_blocks: int) -> list[ProgramShape]:
+    """Every program of a compile."""
+    sizes = () if config.ladder is None else config.ladder.sizes
+    shapes = [_decode_shape(size, max_blocks) for size in sizes]
+    rows = config.prefill_rows
+    shapes += [ProgramShape(prefill_name(n), "prefill", rows, n, max_blocks) for n in config.prefill_chunk_sizes]
+    if not config.prefill_chunk_sizes:
+        rows = config.max_num_seqs
+        shapes.append(ProgramShape(STEP, "step", rows, config.max_num_batched_tokens + rows, max_blocks))
+    return shapes
 
 
-def _prefill_spec(size: int, rows: int, max_seq_len: int, kv: KVLayout, info: ModelInfo, backend: str) -> ProgramSpec:
-    return _spec(
-        ProgramShape(prefill_name(size), "prefill", rows, size, blocks_for(max_seq_len, kv.block_size)),
-        kv,
-        info,
-        backend,
-    )
+def _decode_shape(size: int, max_blocks: int) -> ProgramShape:
+    return ProgramShape(decoder_name(size), "decode", size, size, max_blocks)
 
 
 def _spec(shape: ProgramShape, kv: KVLayout, info: ModelInfo, backend: str) -> ProgramSpec:
@@ -273,7 +284,7 @@ def _spec(shape: ProgramShape, kv: KVLayout, info: ModelInfo, backend: str) -> P
         num_tokens=shape.num_tokens,
         file=file,
         inputs=input_specs(shape, kv, info.dtype),
-        outputs=(TensorSpec("logits", (shape.num_rows, info.vocab_size), info.dtype),),
+        outputs=(TensorSpec("logits", (shape.num_logits, info.vocab_size), info.dtype),),
     )
 
 
@@ -357,7 +368,8 @@ def _prove(staging: Staging, manifest: Manifest, loaded: LoadedModel, names: Seq
             with bars.stage(f"verify {spec.name}"):
                 verdict = dataclasses.asdict(check_program(manifest, spec, programs, reference, original))
                 milliseconds = round(measure_program(manifest, spec, programs), 4)
-                proven.append(dataclasses.replace(spec, **verdict, measured_ms=milliseconds))
+                timings = measure_timings(manifest, spec, programs) if spec.kind == "step" else ()
+                proven.append(dataclasses.replace(spec, **verdict, measured_ms=milliseconds, timings=timings))
         else:
             proven.append(spec)
     manifest = dataclasses.replace(manifest, programs=tuple(proven))

@@ -29,21 +29,31 @@ class ProgramShape:
     name: str
     kind: str
     num_rows: int
+    """The most of them, for a step program; so are the tokens."""
     num_tokens: int
     max_blocks: int
+
+    @property
+    def num_logits(self) -> int | str:
+        """Rows of the output: one per row of the call, or free."""
+        return "num_logits" if self.kind == "step" else self.num_rows
 
 
 def input_specs(shape: ProgramShape, kv: KVLayout, dtype: str) -> tuple[TensorSpec, ...]:
     """The program's inputs in order."""
-    t, r = shape.num_tokens, shape.num_rows
-    fixed = [
+    t: int | str = shape.num_tokens
+    r: int | str = shape.num_rows
+    bounds: int | str = shape.num_rows + 1
+    if shape.kind == "step":
+        t, r, bounds = "num_tokens", "num_rows", "num_rows + 1"
+    fixed: list[tuple[str, tuple[int | str, ...], str]] = [
         ("token_ids", (1, t), "int64"),
         ("positions", (1, t), "int64"),
         ("slot_mapping", (t,), "int64"),
-        ("cu_seqlens", (r + 1,), "int32"),
+        ("cu_seqlens", (bounds,), "int32"),
         ("block_tables", (r, shape.max_blocks), "int32"),
         ("seq_lens", (r,), "int32"),
-        ("logits_to_keep", (r,), "int64"),
+        ("logits_to_keep", (shape.num_logits,), "int64"),
     ]
     specs = [TensorSpec(name, size, kind) for name, size, kind in fixed]
     free, size = "num_blocks", kv.block_size
@@ -77,11 +87,8 @@ def build_program(
     assign_weights(model, map_weights(weights))
     decoder = FlatDecoder(model, COMPILED_ATTENTION)
     arguments = _example(shape, kv, dtype)
-    free = torch.export.Dim("num_blocks", min=2)
-    pools = [{0: free} for _ in kv.layers]
-    dynamic: Any = (None,) * 7 + (pools, list(pools))
     with torch.no_grad():
-        program = torch.export.export(decoder, arguments, dynamic_shapes=dynamic, strict=False)
+        program = torch.export.export(decoder, arguments, dynamic_shapes=_free_dimensions(shape, kv), strict=False)
         fuse_gates(program.graph)
         program.graph_module.recompile()
         torch._inductor.aoti_compile_and_package(
@@ -111,10 +118,24 @@ def _portable_options() -> dict[str, Any]:
     return {"cpp.march": "", "cpp.simdlen": width}
 
 
+# Sizes of the example call where they are free: all different, so that none is taken for another.
+_EXAMPLE = {"num_blocks": 3, "num_tokens": 11, "num_rows": 5, "num_rows + 1": 6, "num_logits": 4}
+
+
+def _free_dimensions(shape: ProgramShape, kv: KVLayout) -> Any:
+    """The dimensions that differ from call to call, as torch.export takes them."""
+    pools = [{0: torch.export.Dim("num_blocks", min=2)} for _ in kv.layers]
+    if shape.kind != "step":
+        return (*(None,) * 7, pools, list(pools))
+    tokens, rows, logits = (torch.export.Dim(name, min=1) for name in ("num_tokens", "num_rows", "num_logits"))
+    flat = ({1: tokens}, {1: tokens}, {0: tokens}, {0: rows + 1}, {0: rows}, {0: rows}, {0: logits})
+    return (*flat, pools, list(pools))
+
+
 def _example(shape: ProgramShape, kv: KVLayout, dtype: str) -> tuple[Any, ...]:
     tensors = []
     for spec in input_specs(shape, kv, dtype):
-        dims = [3 if isinstance(size, str) else size for size in spec.shape]
+        dims = [_EXAMPLE[size] if isinstance(size, str) else size for size in spec.shape]
         kind = DTYPES.get(spec.dtype) or {"int64": torch.int64, "int32": torch.int32}[spec.dtype]
         tensors.append(torch.zeros(dims, dtype=kind))
     pools = tensors[7:]

@@ -11,11 +11,11 @@ import torch
 from multibatch.backends.base import LoadedPrograms
 from multibatch.backends.eager import EagerPrograms
 from multibatch.backends.flat_model import FlatDecoder
-from multibatch.batch import DecodeRow, ProgramInputs, decode_inputs, prefill_inputs
+from multibatch.batch import DecodeRow, ProgramInputs, decode_inputs, prefill_inputs, step_inputs
 from multibatch.errors import UnsupportedModelError, VerificationError
 from multibatch.kv.block_table import blocks_for, slots_of
 from multibatch.kv.pool import KVPool
-from multibatch.manifest import Manifest, ProgramSpec, decoder_name
+from multibatch.manifest import Manifest, ProgramSpec
 from multibatch.request import Request, Sequence
 from multibatch.sampling_params import SamplingParams
 from multibatch.scheduled_step import PrefillChunk
@@ -73,7 +73,7 @@ def check_program(
     decoder: FlatDecoder,
     original: FlatDecoder | None = None,
 ) -> Verdict:
-    """One program against the reference on the same random pool.
+    """One program against the reference on the same random pool; a step program at several mixes of rows and tokens.
 
     Args:
         manifest: of the artifact.
@@ -86,35 +86,79 @@ def check_program(
     Raises:
         VerificationError: its logits are off, or it changed a block that is not its rows'.
     """
-    case = _Case(manifest, spec, seed=spec.num_tokens)
-    pool = case.pool()
-    logits = programs.run(spec.name, case.inputs, pool).float()[: case.num_live]
-    reference_pool = case.pool()
-    reference = EagerPrograms(decoder).run(spec.name, case.inputs, reference_pool).float()[: case.num_live]
-    error = float((logits - reference).abs().max())
-    allowed = TOLERANCE[manifest.model.dtype] * max(1.0, float(reference.abs().max()))
-    if original is not None:
-        exact = EagerPrograms(original).run(spec.name, case.inputs, case.pool()).float()[: case.num_live]
-        allowed = max(allowed, 2 * float((exact - reference).abs().max()))
-    if not error <= allowed:
-        raise VerificationError(
-            f"{spec.name}: logits differ from the eager reference by {error:.3g}, allowed {allowed:.3g}"
-        )
-    case.check_untouched(pool)
-    if spec.kind == "prefill":
-        return Verdict(error)
-    smallest = decoder_name(manifest.decoder_batch_sizes[0])
-    alone = torch.cat([programs.run(smallest, one, case.pool()).float()[:1] for one in case.one_by_one()])
-    difference = float((alone - logits).abs().max())
+    verdicts = []
+    for mix in _mixes(spec):
+        case = _Case(manifest, spec, mix)
+        pool = case.pool()
+        logits = programs.run(spec.name, case.inputs, pool).float()[: case.num_live]
+        reference = EagerPrograms(decoder).run(spec.name, case.inputs, case.pool()).float()[: case.num_live]
+        error = float((logits - reference).abs().max())
+        allowed = TOLERANCE[manifest.model.dtype] * max(1.0, float(reference.abs().max()))
+        if original is not None:
+            exact = EagerPrograms(original).run(spec.name, case.inputs, case.pool()).float()[: case.num_live]
+            allowed = max(allowed, 2 * float((exact - reference).abs().max()))
+        if not error <= allowed:
+            raise VerificationError(
+                f"{spec.name}: logits differ from the eager reference by {error:.3g}, allowed {allowed:.3g}"
+            )
+        case.check_untouched(pool)
+        verdicts.append(_against_alone(case, programs, logits, Verdict(error), allowed))
+    return _worst(verdicts)
+
+
+def _against_alone(
+    case: _Case, programs: LoadedPrograms, logits: torch.Tensor, verdict: Verdict, allowed: float
+) -> Verdict:
+    """Adds how far each decode row is from the same row run alone."""
+    if not case.rows:
+        return verdict
+    program = case.manifest.decoder_for(case.manifest.decoder_batch_sizes[0]).name
+    alone = torch.cat([programs.run(program, one, case.pool()).float()[:1] for one in case.one_by_one()])
+    difference = float((alone - logits[len(logits) - len(alone) :]).abs().max())
     if not difference <= allowed:
-        raise VerificationError(f"{spec.name}: rows differ by {difference:.3g} from running one by one")
-    return Verdict(error, difference == 0.0, difference)
+        raise VerificationError(f"{case.name}: rows differ by {difference:.3g} from running one by one")
+    return Verdict(verdict.max_abs_error, difference == 0.0, difference)
+
+
+def _worst(verdicts: list[Verdict]) -> Verdict:
+    differences = [v.max_size_difference for v in verdicts if v.max_size_difference is not None]
+    return Verdict(
+        max(v.max_abs_error for v in verdicts),
+        max(differences) == 0.0 if differences else None,
+        max(differences) if differences else None,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Mix:
+    """What one call computes."""
+
+    num_decode: int
+    num_chunks: int = 0
+    chunk_tokens: int = 0
+    """Of all chunks together."""
+
+
+def _mixes(spec: ProgramSpec) -> list[_Mix]:
+    if spec.kind == "decode":
+        # One padded row where there is room: it has to leave no trace.
+        return [_Mix(max(1, spec.batch_size - 1))]
+    if spec.kind == "prefill":
+        count = min(spec.batch_size, 3, spec.num_tokens)
+        return [_Mix(0, count, max(count, spec.num_tokens - count))]  # the last tokens are padding, where there is room
+    most, budget = spec.batch_size, spec.num_tokens - spec.batch_size
+    mixes = [_Mix(1), _Mix(most), _Mix(0, 1, 1), _Mix(0, 1, budget)]
+    if most >= 3 and budget >= 8:
+        mixes.append(_Mix(most - 2, 2, 8))
+    return mixes
 
 
 class _Case:
-    """Random rows for one program, some padded, over a random pool."""
+    """Random rows for one call of a program, some padded, over a random pool."""
 
-    def __init__(self, manifest: Manifest, spec: ProgramSpec, seed: int) -> None:
+    def __init__(self, manifest: Manifest, spec: ProgramSpec, mix: _Mix) -> None:
+        seed = spec.num_tokens + mix.num_decode
+        self.name = spec.name
         self.manifest = manifest
         self._rng = random.Random(seed)
         self._seed = seed
@@ -122,15 +166,15 @@ class _Case:
         self._max_blocks = blocks_for(manifest.max_seq_len, self._block_size)
         self._next_block = 1
         self._written: list[int] = []
+        chunks = self._chunks(mix.chunk_tokens, mix.num_chunks)
+        self.rows = [self._row() for _ in range(mix.num_decode)]
+        self.num_live = len(chunks) + len(self.rows)
         if spec.kind == "decode":
-            # One padded row where there is room: it has to leave no trace.
-            self.num_live = max(1, spec.batch_size - 1)
-            self._rows = [self._row() for _ in range(self.num_live)]
-            self.inputs = self._decode(self._rows, spec.batch_size)
-        else:
-            chunks = self._chunks(spec.num_tokens, spec.batch_size)
-            self.num_live = len(chunks)
+            self.inputs = self._decode(self.rows, spec.batch_size)
+        elif spec.kind == "prefill":
             self.inputs = prefill_inputs(chunks, spec.num_tokens, spec.batch_size, self._max_blocks, self._block_size)
+        else:
+            self.inputs = step_inputs(chunks, self.rows, self._max_blocks, self._block_size)
 
     def pool(self) -> KVPool:
         """The same random pool at every call."""
@@ -143,7 +187,7 @@ class _Case:
     def one_by_one(self) -> list[ProgramInputs]:
         """Each live row in the smallest decoder."""
         smallest = self.manifest.decoder_batch_sizes[0]
-        return [self._decode([row], smallest) for row in self._rows]
+        return [self._decode([row], smallest) for row in self.rows]
 
     def check_untouched(self, pool: KVPool) -> None:
         """Every slot but the rows' new ones and the scratch block must be as it was."""
@@ -168,12 +212,10 @@ class _Case:
         self._written += slots_of(blocks, position, position + 1, self._block_size)
         return DecodeRow(self._rng.randrange(self.manifest.model.vocab_size), position, blocks)
 
-    def _chunks(self, num_tokens: int, num_rows: int) -> list[PrefillChunk]:
-        count = min(num_rows, 3, num_tokens)
-        # The last tokens of the program are padding, unless it is too small for any.
-        lengths = [max(1, num_tokens // count - 1)] * count
+    def _chunks(self, num_tokens: int, count: int) -> list[PrefillChunk]:
         chunks = []
-        for length in lengths:
+        for _ in range(count):
+            length = min(num_tokens // count, self.manifest.max_seq_len)
             start = self._rng.randrange(max(1, min(self.manifest.max_seq_len - length, 2 * self._block_size)))
             ids = [self._rng.randrange(self.manifest.model.vocab_size) for _ in range(start + length)]
             blocks = self._blocks(len(ids))

@@ -66,7 +66,7 @@ def test_tokens_equal_transformers(
 ) -> None:
     model = make_model(name, tmp_path / "model")
     compile_model(
-        tmp_path / "model", tmp_path / "a", decoder_batch_sizes=[8, 1], max_seq_len=96, prefill_chunk_sizes=[24]
+        tmp_path / "model", tmp_path / "a", decoder_batch_sizes=[8, 1], max_seq_len=96, max_num_batched_tokens=24
     )
     llm = LLM(tmp_path / "a", num_threads=2)
     rng = random.Random(1)

@@ -11,7 +11,7 @@ import pytest
 
 from multibatch.artifact import Artifact, check_host, recompile_command, sha256_file
 from multibatch.errors import ArtifactCorruptError, ConfigError, IncompatibleError
-from multibatch.manifest import SCHEMA_VERSION, Manifest
+from multibatch.manifest import SCHEMA_VERSION, Manifest, OperatorLibrary
 from tests.runtime.small_artifact import GOLDEN, build
 
 RECORDED = [x.path for x in Manifest.from_json(GOLDEN.read_text(encoding="utf-8")).all_files]
@@ -164,5 +164,19 @@ class TestCheckHost:
         assert recompile_command(self.manifest, "my models/x") == (
             "multibatch compile someone/some-model -o 'my models/x' --decoder-batch-sizes 8,1"
             " --max-num-seqs 8 --max-seq-len 128 --prefill-chunk-sizes 16,64 --block-size 16"
-            " --dtype bfloat16 --backend inductor --device cpu --force"
+            " --dtype bfloat16 --quantization int8 --backend inductor --device cpu --force"
         )
+
+    def library(self, name: str) -> OperatorLibrary:
+        (golden,) = self.manifest.ops
+        return replace(golden, file=replace(golden.file, path=f"ops/{name}.so"))
+
+    def test_the_command_for_programs_of_any_size(self) -> None:
+        spec = replace(self.manifest.programs[0], name="step", kind="step", batch_size=8, num_tokens=72)
+        manifest = replace(self.manifest, programs=(spec,), ops=(self.library("portable"), self.library("native")))
+        manifest = replace(manifest, quantization=None)
+        command = recompile_command(manifest)
+        assert "--decoder-batch-sizes any --max-num-seqs 8" in command
+        assert "--max-num-batched-tokens 64" in command
+        assert "--portable" in command
+        assert "--quantization" not in command

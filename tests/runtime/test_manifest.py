@@ -16,6 +16,7 @@ from multibatch.errors import ArtifactCorruptError, ArtifactError, IncompatibleE
 from multibatch.manifest import (
     DTYPE_BYTES,
     SCHEMA_VERSION,
+    STEP,
     Agreement,
     BuildInfo,
     Canary,
@@ -91,7 +92,6 @@ def example() -> Manifest:
         kv=KVLayout(16, 1, (KVLayer(2, 8, 8),)),
         max_seq_len=128,
         max_num_seqs=8,
-        prefill_rows=4,
         programs=(
             program("decoder_batch_8", 8, 8),
             program("decoder_batch_1", 1, 1),
@@ -184,6 +184,10 @@ def manifests(draw: st.DrawFn) -> Manifest:
 
     decoders = [spec(decoder_name(n), "decode", n, n) for n in sizes]
     prefills = [spec(prefill_name(n), "prefill", draw(st.integers(1, rows)), n) for n in chunks]
+    if draw(st.booleans()):
+        most = max(sizes)
+        prefills = [spec(STEP, "step", most, most + draw(st.integers(1, 64)))]
+        decoders = draw(st.sampled_from([decoders, []]))
     layers = st.builds(KVLayer, counts, counts, counts)
     kv_layers = tuple(draw(st.lists(layers, min_size=1, max_size=3)))
     base = example()
@@ -200,7 +204,6 @@ def manifests(draw: st.DrawFn) -> Manifest:
         ),
         kv=KVLayout(draw(counts), len(kv_layers), kv_layers),
         max_num_seqs=draw(st.integers(1, max(sizes))),
-        prefill_rows=rows,
         programs=tuple(draw(st.permutations(decoders + prefills))),
         ops=base.ops if draw(st.booleans()) else (),
         canary=base.canary if draw(st.booleans()) else None,
@@ -220,9 +223,17 @@ def test_round_trip(manifest: Manifest) -> None:
 
 @given(manifests())
 def test_derived_views_hold_every_program_and_file_once(manifest: Manifest) -> None:
-    assert list(manifest.decoder_batch_sizes) == sorted(manifest.decoders)
+    step = manifest.step
+    if manifest.decoders or step is None:
+        assert list(manifest.decoder_batch_sizes) == sorted(manifest.decoders)
+    else:
+        assert manifest.decoder_batch_sizes == tuple(range(1, step.batch_size + 1))
+    for size in manifest.decoder_batch_sizes:
+        assert manifest.decoder_for(size).batch_size >= size
     assert list(manifest.prefill_chunk_sizes) == sorted(manifest.prefills)
-    views = [*manifest.decoders.values(), *manifest.prefills.values()]
+    assert manifest.max_prefill_rows >= 1
+    assert manifest.max_prefill_tokens >= 1
+    views = [*manifest.decoders.values(), *manifest.prefills.values(), *([] if step is None else [step])]
     assert sorted(x.name for x in views) == sorted(x.name for x in manifest.programs)
     for spec in manifest.programs:
         assert manifest.program(spec.name) is spec
@@ -320,7 +331,6 @@ def test_an_int_may_stand_for_a_float_but_not_one_too_large() -> None:
         ("programs.0.num_tokens", 16, r"num_tokens of 'decoder_batch_8': got 16, expected 8"),
         ("programs.0.file", None, "expected a file for backend inductor"),
         ("programs.1.file.path", "config.json", r"files: paths: got \['config.json'\]"),
-        ("programs.2.batch_size", 5, "batch_size of 'prefill_64': got 5, expected at most 4"),
         ("programs.0.inputs.0.dtype", "int9", "dtype of tensor 'token_ids': got 'int9'"),
         ("programs.0.inputs.0.shape.0", -1, "shape of tensor 'token_ids'"),
         ("model.config_sha256", "A" * 64, "model.config_sha256"),
@@ -367,7 +377,7 @@ def test_programs_are_unique_and_of_both_kinds() -> None:
     first, *others = manifest.programs
     with pytest.raises(ArtifactError, match=r"names: got \['decoder_batch_8'\]"):
         replace(manifest, programs=(first, first, *others))
-    with pytest.raises(ArtifactError, match="prefill programs"):
+    with pytest.raises(ArtifactError, match="prefill or step programs"):
         replace(manifest, programs=manifest.programs[:2])
     with pytest.raises(ArtifactError, match=r"decoder batch sizes: got \(\)"):
         replace(manifest, programs=manifest.programs[2:])

@@ -1,0 +1,76 @@
+"""One program for any numbers of rows and tokens: no padding, prompts and decode rows in one call, the same tokens."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from multibatch import LLM, SamplingParams
+from multibatch.artifact import Artifact
+from multibatch.cli import main
+from multibatch.errors import ConfigError
+from multibatch_compile import add_size, compile_model, prune, verify_artifact
+
+MOST = 5
+
+
+@pytest.fixture(scope="module")
+def any_size(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
+    target = tmp_path_factory.mktemp("artifacts") / "any"
+    compile_model(demo_model, target, max_num_seqs=MOST, max_seq_len=256, max_num_batched_tokens=40, dtype="float32")
+    return target
+
+
+def test_tokens_equal_those_of_decoders_of_fixed_sizes(any_size: Path, demo_artifact: Path) -> None:
+    rng = random.Random(3)
+    prompts = [[rng.randrange(16, 300) for _ in range(rng.randrange(1, 90))] for _ in range(12)]
+    params = [
+        SamplingParams(temperature=t, seed=i, max_tokens=rng.randrange(1, 30), ignore_eos=True)
+        for i, t in enumerate([0.0, 0.9] * 6)
+    ]
+    llm = LLM(any_size, num_threads=2)
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    fixed = LLM(demo_artifact, num_threads=2).generate(prompts, params, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in fixed]
+    records = llm.take_records()
+    assert sum(record.num_padded for record in records) == 0
+    assert {f"decoder_batch_{n}" for n in range(1, MOST + 1)} <= {record.program for record in records}
+    # More calls than prompts would need alone: the budget cuts them, and decode rows ride along.
+    assert sum(record.num_live for record in records if record.program == "step") > sum(map(len, prompts))
+
+
+def test_what_was_proven_of_it(any_size: Path) -> None:
+    manifest = Artifact.open(any_size).manifest
+    assert [program.name for program in manifest.programs] == ["step"]
+    assert manifest.decoder_batch_sizes == tuple(range(1, MOST + 1))
+    (step,) = manifest.programs
+    assert step.bit_equal is True
+    assert step.max_abs_error is not None
+    assert step.max_abs_error < 1e-3
+    assert [(t.num_rows, t.num_tokens) for t in step.timings] == [(1, 1), (2, 2), (4, 4), (5, 5), (1, 32)]
+    assert verify_artifact(any_size) == []
+
+
+def test_there_is_no_ladder_to_change(any_size: Path) -> None:
+    with pytest.raises(ConfigError, match="every batch size up to 5"):
+        add_size(any_size, 8)
+    with pytest.raises(ConfigError, match="every batch size up to 5"):
+        prune(any_size, 4)
+
+
+def test_inspect_shows_what_each_size_costs(any_size: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["inspect", str(any_size)], standalone_mode=False)
+    shown = capsys.readouterr().out
+    for line in ("step: 1 row ", "step: 5 rows", "step: 32 tokens"):
+        assert line in shown
+
+
+def test_fixed_prefill_sizes_exclude_it(demo_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="exclude each other"):
+        compile_model(demo_model, tmp_path / "x", decoder_batch_sizes="any", prefill_chunk_sizes=[16])
+    with pytest.raises(ConfigError, match="exclude each other"):
+        compile_model(
+            demo_model, tmp_path / "x", decoder_batch_sizes=[1], prefill_chunk_sizes=[16], max_num_batched_tokens=8
+        )

@@ -1,0 +1,44 @@
+"""The padded and the exact inputs of a program call hold the same rows."""
+
+from __future__ import annotations
+
+import torch
+
+from multibatch.batch import DecodeRow, decode_inputs, prefill_inputs, step_inputs
+from multibatch.request import Request, Sequence
+from multibatch.sampling_params import SamplingParams
+from multibatch.scheduled_step import PrefillChunk
+
+
+def chunk(prompt: list[int], blocks: list[int], start: int, num_tokens: int) -> PrefillChunk:
+    request = Request(request_id="r", prompt_token_ids=tuple(prompt), params=SamplingParams(), seed=0)
+    return PrefillChunk(Sequence(request, num_computed_tokens=start, block_ids=blocks), start, num_tokens)
+
+
+WHOLE = chunk([5, 6, 7], [4], 0, 3)
+BEGUN = chunk([9] * 10, [1, 2, 3], 4, 5)
+ROWS = [DecodeRow(11, 2, [7]), DecodeRow(12, 5, [8, 9])]
+
+
+def test_chunks_come_first_then_decode_rows() -> None:
+    inputs = step_inputs([WHOLE, BEGUN], ROWS, max_blocks=3, block_size=4)
+    assert inputs.token_ids.tolist() == [[5, 6, 7, 9, 9, 9, 9, 9, 11, 12]]
+    assert inputs.positions.tolist() == [[0, 1, 2, 4, 5, 6, 7, 8, 2, 5]]
+    assert inputs.slot_mapping.tolist() == [16, 17, 18, 8, 9, 10, 11, 12, 30, 37]
+    assert inputs.cu_seqlens.tolist() == [0, 3, 8, 9, 10]
+    assert inputs.block_tables.tolist() == [[4, 0, 0], [1, 2, 3], [7, 0, 0], [8, 9, 0]]
+    assert inputs.seq_lens.tolist() == [3, 9, 3, 6]
+
+
+def test_logits_are_asked_for_only_where_a_token_is_sampled() -> None:
+    assert step_inputs([BEGUN, WHOLE], ROWS, 3, 4).logits_to_keep.tolist() == [7, 8, 9]
+    # A program gives at least one row, which nobody reads then.
+    assert step_inputs([BEGUN], (), 3, 4).logits_to_keep.tolist() == [0]
+
+
+def test_without_padding_both_forms_are_the_same() -> None:
+    exact = step_inputs([WHOLE], (), 3, 4).tensors()
+    padded = prefill_inputs([WHOLE], 3, 1, 3, 4).tensors()
+    assert all(torch.equal(a, b) for a, b in zip(exact, padded, strict=True))
+    exact, padded = step_inputs([], ROWS, 3, 4).tensors(), decode_inputs(ROWS, 2, 3, 4).tensors()
+    assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(exact, padded, strict=True))
