@@ -27,6 +27,10 @@ _LIBRARY.define(
     "gated_linear(Tensor gate_up, Tensor weight, Tensor? bias, Tensor? scales, Tensor? sums, int out_features,"
     " str activation) -> Tensor"
 )
+_LIBRARY.define(
+    "normed_linear(Tensor x, Tensor norm, float epsilon, float offset, bool round_first, Tensor weight, Tensor? bias,"
+    " Tensor? scales, Tensor? sums, int out_features) -> Tensor"
+)
 _LIBRARY.define("rms_norm(Tensor x, Tensor weight, float epsilon, float offset, bool round_first) -> Tensor")
 _LIBRARY.define(
     "packed_embedding(Tensor ids, Tensor weight, Tensor? scales, int num_embeddings, int embedding_dim,"
@@ -64,6 +68,22 @@ def _gated_linear_fake(
     activation: str,
 ) -> torch.Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], out_features))
+
+
+@torch.library.register_fake("multibatch::normed_linear", lib=_LIBRARY)
+def _normed_linear_fake(
+    x: torch.Tensor,
+    norm: torch.Tensor,
+    epsilon: float,
+    offset: float,
+    round_first: bool,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    scales: torch.Tensor | None,
+    sums: torch.Tensor | None,
+    out_features: int,
+) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], out_features))
 
 
 @torch.library.register_fake("multibatch::rms_norm", lib=_LIBRARY)

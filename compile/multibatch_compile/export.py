@@ -18,7 +18,7 @@ from multibatch.backends.inductor import map_weights
 from multibatch.errors import CompileError
 from multibatch.manifest import KVLayout, TensorSpec
 
-from .fusion import fuse_gates, replace_norms
+from .fusion import fuse_gates, fuse_norms, replace_norms
 from .packing import Packing, pack_model
 
 
@@ -90,6 +90,7 @@ def build_program(
     with torch.no_grad():
         program = torch.export.export(decoder, arguments, dynamic_shapes=_free_dimensions(shape, kv), strict=False)
         fuse_gates(program.graph)
+        fuse_norms(program.graph)
         program.graph_module.recompile()
         torch._inductor.aoti_compile_and_package(
             program,

@@ -114,6 +114,29 @@ def fuse_gates(graph: fx.Graph) -> int:
     return count
 
 
+def fuse_norms(graph: fx.Graph) -> int:
+    """Rewrites linear(rms_norm(x)) as one operator where nothing else needs the normalised x.
+
+    Returns:
+        How many were rewritten.
+    """
+    count = 0
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.multibatch.packed_linear.default:
+            continue
+        norm = node.args[0]
+        if not _is(norm, torch.ops.multibatch.rms_norm.default) or len(norm.users) > 1 or node.kwargs or norm.kwargs:
+            continue
+        with graph.inserting_before(node):
+            fused = graph.call_function(torch.ops.multibatch.normed_linear.default, (*norm.args, *node.args[1:]))
+        fused.meta = dict(node.meta)
+        node.replace_all_uses_with(fused)
+        graph.erase_node(node)
+        graph.erase_node(norm)
+        count += 1
+    return count
+
+
 def _gate_of(product: Any) -> tuple[fx.Node, str] | None:
     if not _is(product, torch.ops.aten.mul.Tensor):
         return None

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from multibatch.backends.flat_model import REFERENCE_ATTENTION, FlatDecoder
-from multibatch_compile.fusion import NormOptions, fuse_gates, norm_options
+from multibatch_compile.fusion import NormOptions, fuse_gates, fuse_norms, norm_options
 from multibatch_compile.model import find_fused
 from multibatch_compile.packing import PackedLinear, Packing, pack, packed_shape
 
@@ -102,6 +102,28 @@ def test_only_gates_over_halves_in_order_are_rewritten(gate: Gate, count: int) -
     x = torch.randn(3, 32)
     program = torch.export.export(gate, (x,), strict=False)
     assert fuse_gates(program.graph) == count
+
+
+class Normed(nn.Module):
+    """A linear layer behind a normalisation, whose result something else may need too."""
+
+    def __init__(self, *, shared: bool) -> None:
+        super().__init__()
+        self.shared = shared
+        self.weight = nn.Parameter(torch.ones(16))
+        self.linear = PackedLinear(torch.randn(8, 16), None, "none")
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        normed = torch.ops.multibatch.rms_norm(x, self.weight, 1e-6, 0.0, True)
+        return self.linear(normed), normed if self.shared else x + 1
+
+
+@pytest.mark.parametrize(("shared", "count"), [(False, 1), (True, 0)])
+def test_only_norms_for_a_linear_layer_alone_are_rewritten(shared: bool, count: int) -> None:
+    program = torch.export.export(Normed(shared=shared), (torch.randn(3, 16),), strict=False)
+    assert fuse_norms(program.graph) == count
+    targets = [node.target for node in program.graph.nodes]
+    assert (torch.ops.multibatch.rms_norm.default in targets) is shared
 
 
 @pytest.mark.parametrize(

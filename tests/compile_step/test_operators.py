@@ -120,6 +120,22 @@ def test_rms_norm(dtype: torch.dtype, m: int, k: int, offset: float, round_first
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k"), [(1, 64), (3, 33), (14, 1030), (40, 900)])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_normed_linear_is_the_norm_and_then_the_linear(dtype: torch.dtype, m: int, k: int, quantized: bool) -> None:
+    torch.manual_seed(k)
+    x, norm, w = (torch.randn(m, k) * 3).to(dtype), torch.randn(k).to(dtype), torch.randn(70, k).to(dtype)
+    scales = sums = None
+    if quantized:
+        w, scales = reference.quantize_weight(w)
+        sums = w.sum(1, dtype=torch.int32)
+    rest = (pack(w), None, scales, sums, 70)
+    y = torch.ops.multibatch.normed_linear(x, norm, 1e-6, 1.0, True, *rest)
+    expected = torch.ops.multibatch.packed_linear(torch.ops.multibatch.rms_norm(x, norm, 1e-6, 1.0, True), *rest)
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [1, 127, 128, 129, 20000])
 def test_chunk_maxima(dtype: torch.dtype, vocabulary: int) -> None:
     torch.manual_seed(vocabulary)

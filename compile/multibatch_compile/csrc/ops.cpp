@@ -26,37 +26,41 @@ void run_tiles(bool worth_it, int64_t tiles, const std::function<void(int64_t)>&
   }
 }
 
-// Lays x [M, K] out for the micro-kernel, quantised where the weight is int8, and puts it into the call.
-template <typename W, typename T>
-void prepare(LinearCall<W, T>& call, const T* x, int64_t K) {
+// Memory for one row of the working thread.
+template <typename T>
+T* row_buffer(int64_t n) {
+  static thread_local std::vector<f32x16> memory;
+  const size_t vectors = (n * sizeof(T) + sizeof(f32x16) - 1) / sizeof(f32x16);
+  if (memory.size() < vectors) memory.resize(vectors);
+  return reinterpret_cast<T*>(memory.data());
+}
+
+// Lays x [M, K] out for the micro-kernel, quantised where the weight is int8, and puts it into the call. `row_of(i)` gives
+// row i, in memory that the thread may use again for its next row.
+template <typename W, typename T, typename RowOf>
+void prepare(LinearCall<W, T>& call, int64_t K, const RowOf& row_of) {
   using Lane = typename Format<W>::Lane;
-  constexpr int lanes = Format<W>::lanes;
-  const Groups groups(call.M);
-  const bool worth_it = call.M * K >= 8192;
-  const int64_t total = call.units * lanes, stretches = (total + kStretch - 1) / kStretch;
-  Lane* out = static_cast<Lane*>(scratch<0>(call.M * total * sizeof(Lane)));
-  float* scales = nullptr;
-  if constexpr (std::is_same_v<W, int8_t>) {
-    scales = static_cast<float*>(scratch<1>(call.M * sizeof(float)));
-    run_tiles(worth_it, call.M, [&](int64_t row) { scales[row] = row_scale(x + row * K, K); });
-  }
-  run_tiles(worth_it, groups.count * stretches, [&](int64_t tile) {
-    const int64_t g = tile / stretches, from = tile % stretches * kStretch, to = std::min(from + kStretch, total);
-    const int64_t row = groups.start(g);
+  const int64_t lanes = call.units * Format<W>::lanes, distance = call.M * kChunkStride;
+  Lane* out = static_cast<Lane*>(scratch<0>((lanes + kChunk - 1) / kChunk * distance * sizeof(Lane)));
+  float* scales = static_cast<float*>(scratch<1>(call.M * sizeof(float)));
+  run_tiles(call.M * K >= 4096, call.M, [&](int64_t row) {
+    const T* x = row_of(row);
     if constexpr (std::is_same_v<W, int8_t>) {
-      quantize_rows(x, K, row, groups.size(g), from, to, scales, out + row * total);
+      scales[row] = row_scale(x, K);
+      // A row of zeros, or one that is not finite: any scale will do.
+      quantize_row(x, K, lanes, scales[row] > 0.0f ? scales[row] : 1.0f, out + row * kChunkStride, distance);
     } else {
-      pack_rows<W>(x, K, row, groups.size(g), from, to, out + row * total);
+      pack_row<W>(x, K, lanes, 1.0f, out + row * kChunkStride, distance);
     }
   });
   call.x = out;
   call.x_scales = scales;
 }
 
-template <typename W, typename T>
-void linear_of(LinearCall<W, T>& call, const T* x, int64_t K) {
+template <typename W, typename T, typename RowOf>
+void linear_of(LinearCall<W, T>& call, int64_t K, const RowOf& row_of) {
   if (call.M == 0) return;
-  prepare(call, x, K);
+  prepare(call, K, row_of);
   const Tiling tiling(call.M, call.N);
   ThreadPool::instance().run(tiling.count(), [&](int64_t tile) { linear_tile(call, tiling, tile); });
 }
@@ -91,34 +95,57 @@ void check_linear(const at::Tensor& x, const at::Tensor& packed, const std::opti
               "packed_linear: an int8 weight needs ", N, " float32 scales and ", N, " int32 sums");
 }
 
-// activation(gate) * up for every row of [gate, up], [M, 2 K] -> [M, K] in memory that the next call reuses.
+// What the rows of a linear layer are made of.
+struct Plain {};
+struct Gated {
+  Activation activation;  // activation(gate) * up of each row [gate, up]
+};
+struct Normed {
+  at::Tensor weight;  // of an RMS normalisation
+  NormOptions options;
+};
+
 template <typename T>
-const T* gated(const T* x, int64_t M, int64_t K, Activation activation) {
-  T* out = static_cast<T*>(scratch<2>(M * K * sizeof(T)));
-  const int64_t stretches = (K + kStretch - 1) / kStretch;
-  run_tiles(M * K >= 4096, M * stretches, [&](int64_t tile) {
-    const int64_t row = tile / stretches, k = tile % stretches * kStretch;
-    const T* gate = x + row * 2 * K + k;
-    gate_stretch(gate, gate + K, out + row * K + k, std::min(kStretch, K - k), activation);
-  });
-  return out;
+auto rows_of(Plain, const T* x, int64_t K) {
+  return [=](int64_t row) { return x + row * K; };
 }
 
+template <typename T>
+auto rows_of(Gated g, const T* x, int64_t K) {
+  return [=](int64_t row) {
+    T* out = row_buffer<T>(K);
+    const T* gate = x + row * 2 * K;
+    for (int64_t k = 0; k < K; k += kStretch)
+      gate_stretch(gate + k, gate + K + k, out + k, std::min(kStretch, K - k), g.activation);
+    return static_cast<const T*>(out);
+  };
+}
+
+template <typename T>
+auto rows_of(const Normed& n, const T* x, int64_t K) {
+  const T* weight = reinterpret_cast<const T*>(n.weight.const_data_ptr());
+  return [=, options = n.options](int64_t row) {
+    T* out = row_buffer<T>(K);
+    rms_norm_row(x + row * K, weight, out, K, options);
+    return static_cast<const T*>(out);
+  };
+}
+
+template <typename Source>
 at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
                   const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& sums, int64_t out_features,
-                  std::optional<Activation> activation) {
+                  const Source& source) {
   at::Tensor xc = x.contiguous();
   auto sizes = x.sizes().vec();
   sizes.back() = out_features;
   at::Tensor y = at::empty(sizes, x.options());
-  const int64_t K = x.size(-1) / (activation ? 2 : 1), M = K ? x.numel() / x.size(-1) : 0;
+  const int64_t K = x.size(-1) / (std::is_same_v<Source, Gated> ? 2 : 1), M = K ? x.numel() / x.size(-1) : 0;
   auto run = [&]<typename W, typename T>(W*, T*) {
     check_linear(x, packed, bias, scales, sums, K, out_features, units_of<W>(K) * Format<W>::unit);
-    const T* rows = reinterpret_cast<const T*>(xc.const_data_ptr());
     LinearCall<W, T> call{reinterpret_cast<const W*>(packed.const_data_ptr()), data_of<T>(bias), data_of<float>(scales),
                           data_of<int32_t>(sums), nullptr, nullptr, reinterpret_cast<T*>(y.data_ptr()), M, out_features,
                           units_of<W>(K)};
-    linear_of(call, activation ? gated(rows, M, K, *activation) : rows, K);
+    linear_of(call, K, rows_of(source, reinterpret_cast<const T*>(xc.const_data_ptr()), K));
   };
   MULTIBATCH_DISPATCH(x.scalar_type(), "packed_linear", {
     if (packed.scalar_type() == at::kChar) {
@@ -130,10 +157,24 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const std::opti
   return y;
 }
 
+void check_norm(const at::Tensor& x, const at::Tensor& weight) {
+  TORCH_CHECK(weight.numel() == x.size(-1) && weight.is_contiguous() && weight.scalar_type() == x.scalar_type(),
+              "rms_norm: the weight must be ", x.size(-1), " contiguous elements of ", x.scalar_type());
+}
+
 at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
                          const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& sums,
                          int64_t out_features) {
-  return linear(x, packed, bias, scales, sums, out_features, std::nullopt);
+  return linear(x, packed, bias, scales, sums, out_features, Plain{});
+}
+
+at::Tensor normed_linear(const at::Tensor& x, const at::Tensor& norm, double epsilon, double offset, bool round_first,
+                         const at::Tensor& packed, const std::optional<at::Tensor>& bias,
+                         const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& sums,
+                         int64_t out_features) {
+  check_norm(x, norm);
+  const NormOptions options{static_cast<float>(epsilon), static_cast<float>(offset), round_first};
+  return linear(x, packed, bias, scales, sums, out_features, Normed{norm, options});
 }
 
 at::Tensor gated_linear(const at::Tensor& gate_up, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
@@ -144,13 +185,12 @@ at::Tensor gated_linear(const at::Tensor& gate_up, const at::Tensor& packed, con
   TORCH_CHECK(gate_up.size(-1) % 2 == 0, "gated_linear: the last dimension of [gate, up] is ", gate_up.size(-1),
               "; allowed: even");
   return linear(gate_up, packed, bias, scales, sums, out_features,
-                activation == "silu" ? Activation::silu : Activation::gelu_tanh);
+                Gated{activation == "silu" ? Activation::silu : Activation::gelu_tanh});
 }
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilon, double offset, bool round_first) {
   const int64_t n = x.size(-1), rows = n ? x.numel() / n : 0;
-  TORCH_CHECK(weight.numel() == n && weight.is_contiguous() && weight.scalar_type() == x.scalar_type(),
-              "rms_norm: the weight must be ", n, " contiguous elements of ", x.scalar_type());
+  check_norm(x, weight);
   at::Tensor xc = x.contiguous(), y = at::empty(x.sizes(), x.options());
   const NormOptions options{static_cast<float>(epsilon), static_cast<float>(offset), round_first};
   MULTIBATCH_DISPATCH(x.scalar_type(), "rms_norm", {
@@ -443,6 +483,7 @@ int64_t set_num_threads(int64_t num_threads) {
 TORCH_LIBRARY_IMPL(multibatch, CPU, library) {
   library.impl("packed_linear", multibatch::packed_linear);
   library.impl("gated_linear", multibatch::gated_linear);
+  library.impl("normed_linear", multibatch::normed_linear);
   library.impl("rms_norm", multibatch::rms_norm);
   library.impl("chunk_maxima", multibatch::chunk_maxima);
   library.impl("packed_embedding", multibatch::packed_embedding);

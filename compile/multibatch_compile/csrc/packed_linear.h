@@ -2,8 +2,8 @@
 //
 // Layout of W (multibatch_compile/packing.py writes it), N and K rounded up with zeros: float32 and float16
 // [N/32, K, 32], bfloat16 [N/32, K/2, 32, 2], int8 [N/32, K/4, 32, 4]. A panel is one contiguous stream.
-// x is laid out anew for each call in groups of up to kMaxRows rows, [inputs, rows of the group], so that the
-// micro-kernel reads two streams and nothing else.
+// x is laid out anew for each call, [chunks of kChunk lanes, rows, kChunkStride], so that the micro-kernel finds every row
+// at a fixed distance from the first, and a thread writes whole cache lines of its own.
 // Each output adds its K products in one order whatever the number of rows, so a row's result has the same bits in
 // every batch size.
 #pragma once
@@ -70,21 +70,24 @@ inline void prefetch_panel(const void* w) {
   __builtin_prefetch(static_cast<const char*>(w) + kPrefetchBytes);
 }
 
+constexpr int64_t kChunk = 256;
+constexpr int64_t kChunkStride = kChunk + 16;  // rows do not fall on the same cache sets
+
 template <int R>
 inline void fma_rows(f32x16 (&acc)[R][2], const float* x, f32x16 w0, f32x16 w1) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
-    f32x16 s = splat(x[r]);
+    f32x16 s = splat(x[r * kChunkStride]);
     acc[r][0] += s * w0;
     acc[r][1] += s * w1;
   }
 }
 
-// panel_product: acc[R][32] += x[units, R] . w[units, 32].
+// panel_product: acc[R][32] += x[R, units] . w[units, 32], within one chunk.
 
 template <int R>
 inline void panel_product(const float* w, const float* x, int64_t units, f32x16 (&acc)[R][2]) {
-  for (int64_t i = 0; i < units; ++i, w += kPanel, x += R) {
+  for (int64_t i = 0; i < units; ++i, w += kPanel, ++x) {
     prefetch_panel(w);
     prefetch_panel(w + 16);
     fma_rows<R>(acc, x, load_vector<f32x16>(w), load_vector<f32x16>(w + 16));
@@ -93,7 +96,7 @@ inline void panel_product(const float* w, const float* x, int64_t units, f32x16 
 
 template <int R>
 inline void panel_product(const c10::Half* w, const float* x, int64_t units, f32x16 (&acc)[R][2]) {
-  for (int64_t i = 0; i < units; ++i, w += kPanel, x += R) {
+  for (int64_t i = 0; i < units; ++i, w += kPanel, ++x) {
     prefetch_panel(w);
     alignas(64) float wide[kPanel];
     floats_from(w, wide, kPanel);
@@ -103,26 +106,26 @@ inline void panel_product(const c10::Half* w, const float* x, int64_t units, f32
 
 template <int R>
 inline void panel_product(const c10::BFloat16* w, const float* x, int64_t units, f32x16 (&acc)[R][2]) {
-  for (int64_t i = 0; i < units; ++i, w += 2 * kPanel, x += 2 * R) {
+  for (int64_t i = 0; i < units; ++i, w += 2 * kPanel, x += 2) {
     prefetch_panel(w);
     prefetch_panel(w + kPanel);
     u32x16 p0 = load_vector<u32x16>(w), p1 = load_vector<u32x16>(w + kPanel);
     u32x16 even0 = p0 << 16, even1 = p1 << 16, odd0 = p0 & 0xffff0000u, odd1 = p1 & 0xffff0000u;
     fma_rows<R>(acc, x, load_vector<f32x16>(&even0), load_vector<f32x16>(&even1));
-    fma_rows<R>(acc, x + R, load_vector<f32x16>(&odd0), load_vector<f32x16>(&odd1));
+    fma_rows<R>(acc, x + 1, load_vector<f32x16>(&odd0), load_vector<f32x16>(&odd1));
   }
 }
 
 #ifdef __AVX512BF16__
 template <int R>
 inline void panel_product(const c10::BFloat16* w, const uint32_t* x, int64_t units, f32x16 (&acc)[R][2]) {
-  for (int64_t i = 0; i < units; ++i, w += 2 * kPanel, x += R) {
+  for (int64_t i = 0; i < units; ++i, w += 2 * kPanel, ++x) {
     prefetch_panel(w);
     prefetch_panel(w + kPanel);
     __m512bh w0 = load_vector<__m512bh>(w), w1 = load_vector<__m512bh>(w + kPanel);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      __m512bh s = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[r]));
+      __m512bh s = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[r * kChunkStride]));
       acc[r][0] = (f32x16)_mm512_dpbf16_ps((__m512)acc[r][0], s, w0);
       acc[r][1] = (f32x16)_mm512_dpbf16_ps((__m512)acc[r][1], s, w1);
     }
@@ -142,14 +145,14 @@ inline i32x16 dot_bytes(i32x16 acc, uint32_t x, i32x16 w) {
 
 template <int R>
 inline void panel_product(const int8_t* w, const uint32_t* x, int64_t units, i32x16 (&acc)[R][2]) {
-  for (int64_t i = 0; i < units; ++i, w += 4 * kPanel, x += R) {
+  for (int64_t i = 0; i < units; ++i, w += 4 * kPanel, ++x) {
     prefetch_panel(w);
     prefetch_panel(w + 2 * kPanel);
     i32x16 w0 = load_vector<i32x16>(w), w1 = load_vector<i32x16>(w + 2 * kPanel);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      acc[r][0] = dot_bytes(acc[r][0], x[r], w0);
-      acc[r][1] = dot_bytes(acc[r][1], x[r], w1);
+      acc[r][0] = dot_bytes(acc[r][0], x[r * kChunkStride], w0);
+      acc[r][1] = dot_bytes(acc[r][1], x[r * kChunkStride], w1);
     }
   }
 }
@@ -162,7 +165,7 @@ struct LinearCall {
   const T* bias;           // [N] or null
   const float* scales;     // int8: [N], weight = scale * byte
   const int32_t* sums;     // int8: [N], the sum of an output's bytes
-  const Lane* x;           // groups of rows, [units * lanes, rows of the group]
+  const Lane* x;           // [chunks, M, kChunkStride]
   const float* x_scales;   // int8: [M]
   T* y;                    // [M, N]
   int64_t M, N, units;
@@ -209,18 +212,22 @@ inline void finish_rows(const LinearCall<int8_t, T>& c, int64_t panel, int64_t r
   }
 }
 
-// Units [from, to) of one panel for one group of R rows. `carry` holds the group's sums between two ranges of units.
+// Units [from, to) of one panel for one group of R rows, `from` at the start of a chunk. `carry` holds the group's sums
+// between two ranges.
 template <int R, typename W, typename T>
 void panel_rows(const LinearCall<W, T>& c, int64_t panel, int64_t row, int64_t from, int64_t to,
                 typename Format<W>::Acc* carry) {
   using Acc = typename Format<W>::Acc;
   constexpr int unit = Format<W>::unit, lanes = Format<W>::lanes;
+  constexpr int64_t chunk_units = kChunk / lanes;
   Acc acc[R][2] = {};
-  if (from) std::memcpy(acc, carry, sizeof(acc));
+  if (from)
+    for (int i = 0; i < 2 * R; ++i) acc[i / 2][i % 2] = load_vector<Acc>(carry + i);
   const W* w = c.packed + (panel * c.units + from) * kPanel * unit;
-  panel_product<R>(w, c.x + (row * c.units + from * R) * lanes, to - from, acc);
+  for (int64_t u = from; u < to; u += chunk_units, w += chunk_units * kPanel * unit)
+    panel_product<R>(w, c.x + (u / chunk_units * c.M + row) * kChunkStride, std::min(chunk_units, to - u), acc);
   if (to < c.units) {
-    std::memcpy(carry, acc, sizeof(acc));
+    for (int i = 0; i < 2 * R; ++i) store_vector(carry + i, acc[i / 2][i % 2]);
   } else {
     finish_rows<R>(c, panel, row, acc);
   }
@@ -236,10 +243,9 @@ void panel_rows_of(int rows, const LinearCall<W, T>& c, int64_t panel, int64_t r
 }
 
 // How a call is cut into tiles. Few rows: a panel each, read from memory once; a second group follows the first over
-// ranges that stay in the first-level cache. Many: a block of rows by a few panels, over ranges that keep both in the
-// core's own caches.
+// a chunk at a time. Many: a block of rows by a few panels, over chunks that keep both in the core's own caches.
 struct Tiling {
-  static constexpr int64_t kFewGroups = 2, kFewUnits = 128, kBlockGroups = 8, kBlockPanels = 4, kBlockLanes = 384;
+  static constexpr int64_t kFewGroups = 2, kBlockGroups = 8, kBlockPanels = 4;
   Groups groups;
   int64_t panels, panels_per_tile, groups_per_tile, row_blocks;
   Tiling(int64_t m, int64_t n) : groups(m), panels((n + kPanel - 1) / kPanel) {
@@ -260,9 +266,7 @@ void linear_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t tile) 
   const int64_t p1 = std::min(p0 + tiling.panels_per_tile, tiling.panels);
   const int64_t g0 = tile % tiling.row_blocks * tiling.groups_per_tile;
   const int64_t g1 = std::min(g0 + tiling.groups_per_tile, tiling.groups.count);
-  const bool few = tiling.groups.count <= Tiling::kFewGroups;
-  int64_t range = few ? Tiling::kFewUnits : Tiling::kBlockLanes / Format<W>::lanes;
-  if (tiling.groups.count == 1) range = std::max<int64_t>(c.units, 1);
+  const int64_t range = tiling.groups.count == 1 ? std::max<int64_t>(c.units, 1) : kChunk / Format<W>::lanes;
   carry.resize(Tiling::kBlockPanels * Tiling::kBlockGroups * kMaxRows * 2);
   for (int64_t from = 0; from == 0 || from < c.units; from += range)
     for (int64_t p = p0; p < p1; ++p)
@@ -273,39 +277,24 @@ void linear_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t tile) 
       }
 }
 
-// Lays inputs [from, to) of a group's rows out for the micro-kernel: converts a stretch of a row at a time, which is
-// vector code, then deals it out. x: [M, K]; `from` and `to` count lanes.
-template <typename Lane>
-inline void deal(const Lane* stretch, int64_t n, int rows, Lane* out) {
-  if (rows == 1) {
-    std::copy(stretch, stretch + n, out);
-  } else {
-    for (int64_t i = 0; i < n; ++i) out[i * rows] = stretch[i];
+// Lays one row of x, [K], out for the micro-kernel: lane l goes to out[l / kChunk][l % kChunk], chunks `distance` apart.
+template <typename W, typename T>
+void pack_row(const T* x, int64_t K, int64_t num_lanes, float, float* out, int64_t distance) {
+  for (int64_t k = 0; k < num_lanes; k += kChunk, out += distance) {
+    const int64_t n = std::min(kChunk, num_lanes - k), live = std::clamp<int64_t>(K - k, 0, n);
+    floats_from(x + k, out, live);
+    std::fill(out + live, out + n, 0.0f);
   }
 }
 
+// Pairs of bfloat16, for the dot product.
 template <typename W, typename T>
-void pack_rows(const T* x, int64_t K, int64_t row, int rows, int64_t from, int64_t to, float* out) {
-  alignas(64) float stretch[kStretch];
-  for (int r = 0; r < rows; ++r)
-    for (int64_t k = from; k < to; k += kStretch) {
-      const int64_t n = std::min(kStretch, to - k), live = std::clamp<int64_t>(K - k, 0, n);
-      floats_from(x + (row + r) * K + k, stretch, live);
-      std::fill(stretch + live, stretch + n, 0.0f);
-      deal(stretch, n, rows, out + k * rows + r);
-    }
-}
-
-template <typename W, typename T>
-void pack_rows(const T* x, int64_t K, int64_t row, int rows, int64_t from, int64_t to, uint32_t* out) {
-  alignas(64) uint32_t stretch[kStretch];
-  for (int r = 0; r < rows; ++r)
-    for (int64_t u = from; u < to; u += kStretch) {
-      const int64_t n = std::min(kStretch, to - u), live = std::clamp<int64_t>(K - 2 * u, 0, 2 * n);
-      stretch[n - 1] = 0;
-      std::memcpy(stretch, x + (row + r) * K + 2 * u, live * sizeof(T));
-      deal(stretch, n, rows, out + u * rows + r);
-    }
+void pack_row(const T* x, int64_t K, int64_t num_lanes, float, uint32_t* out, int64_t distance) {
+  for (int64_t u = 0; u < num_lanes; u += kChunk, out += distance) {
+    const int64_t n = std::min(kChunk, num_lanes - u), live = std::clamp<int64_t>(K - 2 * u, 0, 2 * n);
+    out[n - 1] = 0;
+    std::memcpy(out, x + 2 * u, live * sizeof(T));
+  }
 }
 
 // Symmetric scale of one row: its largest magnitude becomes 127. NaN where the row is not finite, so that what follows is.
@@ -333,23 +322,20 @@ float row_scale(const T* x, int64_t K) {
 // Rounds half to even by adding 1.5 * 2^23, whose last bits then hold the integer. Divides, and does not multiply by the
 // inverse: numbers of few bits lie between two integers often, and must go where the reference sends them.
 template <typename T>
-void quantize_rows(const T* x, int64_t K, int64_t row, int rows, int64_t from, int64_t to, const float* scales,
-                   uint32_t* out) {
+void quantize_row(const T* x, int64_t K, int64_t units, float scale, uint32_t* out, int64_t distance) {
   using bytes = uint8_t __attribute__((vector_size(16)));
+  constexpr int64_t step = kStretch / 4;  // units
+  static_assert(kChunk % step == 0);
   alignas(64) float stretch[kStretch];
-  alignas(64) uint32_t quads[kStretch / 4];
-  for (int r = 0; r < rows; ++r) {
-    const float scale = scales[row + r] > 0.0f ? scales[row + r] : 1.0f;
-    for (int64_t u = from; u < to; u += kStretch / 4) {
-      const int64_t n = std::min(kStretch / 4, to - u), live = std::clamp<int64_t>(K - 4 * u, 0, 4 * n);
-      std::fill(stretch, stretch + kStretch, 0.0f);
-      floats_from(x + (row + r) * K + 4 * u, stretch, live);
-      for (int64_t i = 0; i < 4 * n; i += 16) {
-        f32x16 shifted = load_vector<f32x16>(stretch + i) / scale + 12582912.0f;
-        i32x16 bits = load_vector<i32x16>(&shifted);
-        store_vector(reinterpret_cast<char*>(quads) + i, __builtin_convertvector(bits + 128, bytes));
-      }
-      deal(quads, n, rows, out + u * rows + r);
+  for (int64_t u = 0; u < units; u += step) {
+    const int64_t n = std::min(step, units - u), live = std::clamp<int64_t>(K - 4 * u, 0, 4 * n);
+    std::fill(stretch + live, stretch + kStretch, 0.0f);
+    floats_from(x + 4 * u, stretch, live);
+    char* to = reinterpret_cast<char*>(out + u / kChunk * distance + u % kChunk);
+    for (int64_t i = 0; i < 4 * n; i += 16) {
+      f32x16 shifted = load_vector<f32x16>(stretch + i) / scale + 12582912.0f;
+      i32x16 bits = load_vector<i32x16>(&shifted);
+      store_vector(to + i, __builtin_convertvector(bits + 128, bytes));
     }
   }
 }
