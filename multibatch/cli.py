@@ -287,17 +287,18 @@ def demo_command(output: Path) -> None:
     start = time.perf_counter()
     model = Path(multibatch.__file__).parent / "demo" / "model"
     if output.is_dir():
-        _OUT.print(f"{output} is there already: nothing to compile")
+        _OUT.print(f"{output} is there already: nothing to compile", soft_wrap=True)
     else:
         _OUT.print(
-            f"Compiling the demo model into {output}: decoders 8, 4, 1, and one program for prompts of any length"
+            f"Compiling the demo model into {output}: decoders 8, 4, 1, and one program for prompts of any length",
+            soft_wrap=True,
         )
         multibatch_compile.compile_model(model, output, decoder_batch_sizes=[8, 4, 1], max_seq_len=512, progress=True)
     _print_table(Artifact.open(output))
     run_waves(LLM(output), _OUT)
-    _OUT.print(
-        f"{time.perf_counter() - start:.1f} s in all. Next: multibatch generate {output} --chat --prompt 'What is 17 + 25?'"
-    )
+    _OUT.print(f"{time.perf_counter() - start:.1f} s in all. Next:", highlight=False)
+    # One line whatever the terminal's width, so that it can be copied.
+    _OUT.print(f"multibatch generate {output} --chat --prompt 'What is 17 + 25?'", highlight=False, soft_wrap=True)
 
 
 def _figures(manifest: Manifest, name: str) -> list[dict[str, Any]]:

@@ -42,7 +42,7 @@ def run_waves(llm: LLM, console: Console) -> None:
         for question, output in zip(questions, outputs, strict=True):
             reply = output.outputs[0].text
             mark = "[green]right[/green]" if is_correct(question, reply) else "[red]wrong[/red]"
-            console.print(f"  {escape(question.text)}  →  {escape(reply)}  {mark}", highlight=False)
+            console.print(f"  {escape(question.text)}  →  {escape(reply)}  {mark}", highlight=False, soft_wrap=True)
         tokens = sum(len(o.outputs[0].token_ids) for o in outputs)
         metrics = [o.metrics for o in outputs if o.metrics is not None]
         first = statistics.mean(m.ttft_s or 0.0 for m in metrics) * 1000
