@@ -27,7 +27,7 @@ EAGER = ("--backend", "eager", "--force")
 # Imports what a compile needs once, and then forks a process for each command that it reads, or tells how one ended.
 # In that process a hook waits at one opening of a staged file, or finds the disk full there.
 LAUNCHER = """
-import errno, json, os, sys, time
+import errno, json, os, signal, sys, time
 from transformers import AutoTokenizer, LlamaForCausalLM
 import multibatch_compile
 from multibatch.cli import main
@@ -62,6 +62,8 @@ while line := sys.stdin.readline():
         print(pid, flush=True)
         continue
     os.setsid()
+    # As a terminal starts it: what runs these tests in the background may ignore the signal.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     run = request["environment"]["MULTIBATCH_TEST_RUN"]
     log = os.open(run + "/log", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
     for number, source in enumerate((os.open(os.devnull, os.O_RDONLY), log, log)):
