@@ -63,6 +63,8 @@ def _quiet() -> None:
 
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
+    # Offline it would tell of every attempt, twice; the error at the end says it once.
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
 
@@ -149,7 +151,7 @@ def verify_command(artifact: Path) -> None:
         _ERR.print(f"[red]mismatch:[/red] {escape(problem)}", highlight=False, soft_wrap=True)
     if problems:
         sys.exit(1)
-    _OUT.print(f"{artifact}: every file is the one that was built, and the canary gives the same tokens")
+    _OUT.print(f"{artifact}: every file is the one that was built, and the canary gives the same tokens", soft_wrap=True)
 
 
 @main.command("generate")
