@@ -151,7 +151,9 @@ def verify_command(artifact: Path) -> None:
         _ERR.print(f"[red]mismatch:[/red] {escape(problem)}", highlight=False, soft_wrap=True)
     if problems:
         sys.exit(1)
-    _OUT.print(f"{artifact}: every file is the one that was built, and the canary gives the same tokens", soft_wrap=True)
+    _OUT.print(
+        f"{artifact}: every file is the one that was built, and the canary gives the same tokens", soft_wrap=True
+    )
 
 
 @main.command("generate")

@@ -32,7 +32,7 @@ def demo_artifact(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) ->
 
     target = tmp_path_factory.mktemp("artifacts") / "demo"
     compile_model(
-        demo_model, target, decoder_batch_sizes=[8, 4, 1], max_seq_len=256, prefill_chunk_sizes=[32], dtype="float32"
+        demo_model, target, decoder_batch_sizes=[8, 4, 1], max_seq_len=256, max_num_batched_tokens=32, dtype="float32"
     )
     return target
 

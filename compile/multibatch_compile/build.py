@@ -155,12 +155,13 @@ def add_size(artifact: str | os.PathLike[str], size: int, *, jobs: int = 1, prog
                 )
         shape = _decode_shape(size, blocks_for(manifest.max_seq_len, manifest.kv.block_size))
         spec = _spec(shape, manifest.kv, manifest.model, manifest.build.backend)
-        programs = sorted([*manifest.programs, spec], key=lambda p: (p.kind, p.num_tokens))
-        manifest = dataclasses.replace(
-            manifest, programs=tuple(programs), max_num_seqs=max(size, manifest.max_num_seqs), canary=None
-        )
+        most = max(size, manifest.max_num_seqs)
+        there = [_widened(program, most) for program in manifest.programs]
+        changed = [new.name for old, new in zip(manifest.programs, there, strict=True) if old is not new]
+        programs = sorted([*there, spec], key=lambda p: (p.kind, p.num_tokens))
+        manifest = dataclasses.replace(manifest, programs=tuple(programs), max_num_seqs=most, canary=None)
         manifest = _build_programs(staging, manifest, [spec.name], jobs, bars)
-        manifest = _prove(staging, manifest, loaded, [spec.name], bars)
+        manifest = _prove(staging, manifest, loaded, [spec.name, *changed], bars)
         return staging.publish(manifest)
 
 
@@ -184,6 +185,14 @@ def prune(artifact: str | os.PathLike[str], size: int) -> tuple[Artifact, str | 
             max_num_seqs=min(manifest.max_num_seqs, left.max),
         )
         return staging.publish(manifest), ladder.max_warning(left)
+
+
+def _widened(program: ProgramSpec, num_rows: int) -> ProgramSpec:
+    """A step program for more rows: its dimensions are free, so it is the same one, but what it does there is unproven."""
+    if program.kind != "step" or program.batch_size >= num_rows:
+        return program
+    num_tokens = program.num_tokens - program.batch_size + num_rows
+    return dataclasses.replace(program, batch_size=num_rows, num_tokens=num_tokens)
 
 
 def _require_decoders(manifest: Manifest) -> None:

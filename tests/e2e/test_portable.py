@@ -23,7 +23,7 @@ LESSER = ",".join(portable_isa(read_cpu_info().architecture))
 @pytest.fixture(scope="module")
 def portable(tmp_path_factory: pytest.TempPathFactory, demo_model: Path) -> Path:
     target = tmp_path_factory.mktemp("artifacts") / "portable"
-    compile_model(demo_model, target, decoder_batch_sizes=[2], max_seq_len=128, prefill_chunk_sizes=[32], portable=True)
+    compile_model(demo_model, target, max_num_seqs=2, max_seq_len=128, portable=True)
     return target
 
 

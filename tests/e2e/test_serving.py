@@ -161,9 +161,15 @@ def test_verify_add_size_and_prune(demo_artifact: Path, tmp_path: Path) -> None:
     changed, warning = prune(copy, 8)
     assert changed.manifest.decoder_batch_sizes == (1, 4)
     assert warning
-    again = add_size(copy, 2)
-    assert again.manifest.decoder_batch_sizes == (1, 2, 4)
+    again = add_size(copy, 12)
+    assert again.manifest.decoder_batch_sizes == (1, 4, 12)
+    # The program for prompts serves as many rows as decode now, and was verified with them.
+    step = again.manifest.step
+    assert step is not None
+    assert (step.batch_size, step.num_tokens, step.timings[-1].num_rows) == (12, 44, 12)
     assert verify_artifact(copy) == []
+    outputs = LLM(copy, num_threads=2).generate([[5, 6, 7]] * 12, GREEDY, use_tqdm=False)
+    assert len({tuple(o.outputs[0].token_ids) for o in outputs}) == 1
 
 
 def test_one_flipped_byte_in_any_file_is_found(eager_artifact: Path, tmp_path: Path) -> None:
