@@ -99,16 +99,10 @@ def fuse_gates(graph: fx.Graph) -> int:
         if node.target is not torch.ops.multibatch.packed_linear.default:
             continue
         found = _gate_of(node.args[0])
-        if found is None:
+        if found is None or node.kwargs:
             continue
         gate_up, activation = found
-        with graph.inserting_before(node):
-            fused = graph.call_function(
-                torch.ops.multibatch.gated_linear.default, (gate_up, *node.args[1:], activation), dict(node.kwargs)
-            )
-        fused.meta = dict(node.meta)
-        node.replace_all_uses_with(fused)
-        graph.erase_node(node)
+        _replace(graph, node, torch.ops.multibatch.gated_linear.default, (gate_up, *node.args[1:], activation))
         count += 1
     graph.eliminate_dead_code()
     return count
@@ -127,14 +121,18 @@ def fuse_norms(graph: fx.Graph) -> int:
         norm = node.args[0]
         if not _is(norm, torch.ops.multibatch.rms_norm.default) or len(norm.users) > 1 or node.kwargs or norm.kwargs:
             continue
-        with graph.inserting_before(node):
-            fused = graph.call_function(torch.ops.multibatch.normed_linear.default, (*norm.args, *node.args[1:]))
-        fused.meta = dict(node.meta)
-        node.replace_all_uses_with(fused)
-        graph.erase_node(node)
+        _replace(graph, node, torch.ops.multibatch.normed_linear.default, (*norm.args, *node.args[1:]))
         graph.erase_node(norm)
         count += 1
     return count
+
+
+def _replace(graph: fx.Graph, node: fx.Node, target: Any, arguments: tuple[Any, ...]) -> None:
+    with graph.inserting_before(node):
+        fused = graph.call_function(target, arguments)
+    fused.meta = dict(node.meta)
+    node.replace_all_uses_with(fused)
+    graph.erase_node(node)
 
 
 def _gate_of(product: Any) -> tuple[fx.Node, str] | None:
