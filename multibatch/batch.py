@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from multibatch.kv.allocator import SCRATCH_BLOCK
 from multibatch.kv.block_table import slot_of, slots_of
 from multibatch.scheduled_step import PrefillChunk
 
@@ -50,19 +51,13 @@ class DecodeRow:
     block_ids: Sequence[int]
 
 
+_PADDED_ROW = DecodeRow(0, 0, (SCRATCH_BLOCK,))
+
+
 def decode_inputs(rows: Sequence[DecodeRow], batch_size: int, max_blocks: int, block_size: int) -> ProgramInputs:
     """T = R = batch_size; rows beyond the live ones are padding."""
-    padding = batch_size - len(rows)
-    tables = [_table(row.block_ids, row.position + 1, max_blocks, block_size) for row in rows]
-    return ProgramInputs(
-        torch.tensor([[row.token_id for row in rows] + [0] * padding]),
-        torch.tensor([[row.position for row in rows] + [0] * padding]),
-        torch.tensor([slot_of(row.block_ids, row.position, block_size) for row in rows] + [0] * padding),
-        torch.arange(batch_size + 1, dtype=torch.int32),
-        torch.tensor(tables + [[0] * max_blocks] * padding, dtype=torch.int32),
-        torch.tensor([row.position + 1 for row in rows] + [1] * padding, dtype=torch.int32),
-        torch.arange(batch_size),
-    )
+    padding = [_PADDED_ROW] * (batch_size - len(rows))
+    return step_inputs((), [*rows, *padding], max_blocks, block_size)
 
 
 def prefill_inputs(

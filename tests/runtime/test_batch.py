@@ -42,3 +42,16 @@ def test_without_padding_both_forms_are_the_same() -> None:
     assert all(torch.equal(a, b) for a, b in zip(exact, padded, strict=True))
     exact, padded = step_inputs([], ROWS, 3, 4).tensors(), decode_inputs(ROWS, 2, 3, 4).tensors()
     assert all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(exact, padded, strict=True))
+
+
+def test_padded_rows_stand_on_the_scratch_block() -> None:
+    inputs = decode_inputs(ROWS, 4, max_blocks=3, block_size=4)
+    assert [x.tolist() for x in inputs.tensors()] == [
+        [[11, 12, 0, 0]],
+        [[2, 5, 0, 0]],
+        [30, 37, 0, 0],
+        [0, 1, 2, 3, 4],
+        [[7, 0, 0], [8, 9, 0], [0, 0, 0], [0, 0, 0]],
+        [3, 6, 1, 1],
+        [0, 1, 2, 3],
+    ]
