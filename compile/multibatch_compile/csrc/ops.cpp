@@ -50,7 +50,7 @@ void prepare(LinearCall<W, T>& call, int64_t K, const RowOf& row_of) {
       // A row of zeros, or one that is not finite: any scale will do.
       quantize_row(x, K, lanes, scales[row] > 0.0f ? scales[row] : 1.0f, out + row * kChunkStride, distance);
     } else {
-      pack_row<W>(x, K, lanes, 1.0f, out + row * kChunkStride, distance);
+      pack_row<W>(x, K, lanes, out + row * kChunkStride, distance);
     }
   });
   call.x = out;

@@ -279,7 +279,7 @@ void linear_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t tile) 
 
 // Lays one row of x, [K], out for the micro-kernel: lane l goes to out[l / kChunk][l % kChunk], chunks `distance` apart.
 template <typename W, typename T>
-void pack_row(const T* x, int64_t K, int64_t num_lanes, float, float* out, int64_t distance) {
+void pack_row(const T* x, int64_t K, int64_t num_lanes, float* out, int64_t distance) {
   for (int64_t k = 0; k < num_lanes; k += kChunk, out += distance) {
     const int64_t n = std::min(kChunk, num_lanes - k), live = std::clamp<int64_t>(K - k, 0, n);
     floats_from(x + k, out, live);
@@ -289,7 +289,7 @@ void pack_row(const T* x, int64_t K, int64_t num_lanes, float, float* out, int64
 
 // Pairs of bfloat16, for the dot product.
 template <typename W, typename T>
-void pack_row(const T* x, int64_t K, int64_t num_lanes, float, uint32_t* out, int64_t distance) {
+void pack_row(const T* x, int64_t K, int64_t num_lanes, uint32_t* out, int64_t distance) {
   for (int64_t u = 0; u < num_lanes; u += kChunk, out += distance) {
     const int64_t n = std::min(kChunk, num_lanes - u), live = std::clamp<int64_t>(K - 2 * u, 0, 2 * n);
     out[n - 1] = 0;
