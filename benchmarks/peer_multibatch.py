@@ -44,7 +44,9 @@ def load(model_dir: str, variant: str, max_running: int) -> Engine:
         )
     artifact = Artifact.open(target)
     limit = min(max_running, artifact.manifest.max_num_seqs)
-    return Engine(artifact, EngineConfig(max_num_seqs=limit, num_threads=common.THREADS))
+    # without the prefix cache: the same prompts come again in every repetition
+    config = EngineConfig(max_num_seqs=limit, num_threads=common.THREADS, enable_prefix_caching=False)
+    return Engine(artifact, config)
 
 
 def generate(engine: Engine, requests: list[Any]) -> list[Any]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from multibatch.atomic_folder import files_below, leftovers
+from multibatch.cost_table import CostTable
 from multibatch.errors import ArtifactCorruptError, ConfigError, IncompatibleError
 from multibatch.hardware import missing_isa
 from multibatch.manifest import MANIFEST_HASH_NAME, MANIFEST_NAME, FileRecord, Manifest
@@ -53,6 +54,20 @@ class Artifact:
     def file(self, record: FileRecord) -> Path:
         """Where a file of the manifest lies."""
         return self.path / record.path
+
+    def cost_table(self) -> CostTable | None:
+        """What steps cost, as `multibatch calibrate` measured it here; None where it did not.
+
+        Raises:
+            ArtifactCorruptError: the file is not as it was written.
+        """
+        record = self.manifest.cost_table
+        if record is None:
+            return None
+        text = self.file(record).read_bytes()
+        if hashlib.sha256(text).hexdigest() != record.sha256:
+            raise _corrupt(self.file(record), f"sha256 {record.sha256}", "another", "calibrate again")
+        return CostTable.from_csv(text.decode(), str(self.file(record)))
 
     def check_files(self, *, hashes: bool) -> None:
         """Compare the files with the manifest; see `open`."""

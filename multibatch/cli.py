@@ -12,33 +12,29 @@ from typing import Any
 
 import click
 from rich import box
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 import multibatch
 from multibatch.artifact import Artifact
+from multibatch.cli_bench import bench
 from multibatch.errors import ConfigError, MultibatchError, RequestError
 from multibatch.ladder import parse_batch_sizes
 from multibatch.manifest import Manifest
-
-_OUT = Console()
-_ERR = Console(stderr=True)
+from multibatch.terminal import ERR, OUT, quiet
 
 
 class _Group(click.Group):
     """Turns our errors into one line and an exit code; `--debug` shows where they come from."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        warnings.showwarning = lambda message, *_, **__: _ERR.print(
-            f"warning: {message}", markup=False, highlight=False
-        )
+        warnings.showwarning = lambda message, *_, **__: ERR.print(f"warning: {message}", markup=False, highlight=False)
         try:
             return super().invoke(ctx)
         except MultibatchError as error:
             if ctx.params.get("debug"):
                 raise
-            _ERR.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+            ERR.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
             ctx.exit(error.exit_code)
 
 
@@ -58,14 +54,16 @@ def _sizes_or_any(context: click.Context, option: click.Parameter, value: str) -
     return value if value == "any" else _sizes(context, option, value)
 
 
-def _quiet() -> None:
-    from transformers.utils import logging as hf_logging
+def _numbers(_: click.Context, option: click.Parameter, value: str | None) -> tuple[int, ...] | None:
+    if value is None:
+        return None
+    try:
+        return tuple(int(part) for part in value.split(","))
+    except ValueError as error:
+        raise ConfigError(f"--{option.name} is {value!r}; allowed: whole numbers with commas between them") from error
 
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
-    # Offline it would tell of every attempt, twice; the error at the end says it once.
-    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-    warnings.filterwarnings("ignore", category=FutureWarning)
+
+main.add_command(bench)
 
 
 @main.command("compile")
@@ -97,7 +95,7 @@ def compile_command(model: str, output: Path, **options: Any) -> None:
     """Compile MODEL, a Hugging Face folder or hub id, into an artifact."""
     import multibatch_compile
 
-    _quiet()
+    quiet()
     artifact = multibatch_compile.compile_model(model, output, progress=True, **options)
     _print_table(artifact)
 
@@ -109,7 +107,7 @@ def add_size_command(artifact: Path, size: int) -> None:
     """Add a decoder of batch size SIZE to ARTIFACT; the other programs stay."""
     import multibatch_compile
 
-    _quiet()
+    quiet()
     _print_table(multibatch_compile.add_size(artifact, size, progress=True))
 
 
@@ -122,7 +120,7 @@ def prune_command(artifact: Path, size: int) -> None:
 
     changed, warning = multibatch_compile.prune(artifact, size)
     if warning:
-        _ERR.print(f"warning: {warning}", markup=False, highlight=False)
+        ERR.print(f"warning: {warning}", markup=False, highlight=False)
     _print_table(changed)
 
 
@@ -148,12 +146,10 @@ def verify_command(artifact: Path) -> None:
 
     problems = multibatch_compile.verify_artifact(artifact)
     for problem in problems:
-        _ERR.print(f"[red]mismatch:[/red] {escape(problem)}", highlight=False, soft_wrap=True)
+        ERR.print(f"[red]mismatch:[/red] {escape(problem)}", highlight=False, soft_wrap=True)
     if problems:
         sys.exit(1)
-    _OUT.print(
-        f"{artifact}: every file is the one that was built, and the canary gives the same tokens", soft_wrap=True
-    )
+    OUT.print(f"{artifact}: every file is the one that was built, and the canary gives the same tokens", soft_wrap=True)
 
 
 @main.command("generate")
@@ -218,65 +214,53 @@ def _generate_file(llm: Any, file: Any, sampling: dict[str, Any]) -> None:
         click.echo(json.dumps({"request_id": output.request_id, "text": first.text, "outputs": outputs}))
 
 
-@main.command("bench")
+@main.command("calibrate")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--batch", default=8, show_default=True, help="Requests at once.")
-@click.option("--input-len", default=128, show_default=True, help="Random prompt tokens of each.")
-@click.option("--output-len", default=64, show_default=True, help="New tokens of each.")
-@click.option("--repeats", default=5, show_default=True, help="Median of so many; the variants take turns.")
-@click.option("--prompts-file", type=click.File("r"), help='JSON lines: {"prompt": …} or {"prompt_token_ids": […]}.')
 @click.option(
-    "--reference/--no-reference", default=True, help="Also time the eager reference and transformers' generate."
+    "--ctx-lens", callback=_numbers, help="Tokens each decode row attends to; default: 128, 512, … the longest."
 )
-def bench_command(artifact: Path, prompts_file: Any, reference: bool, **options: Any) -> None:
-    """Compare the ladder with pad-to-max, batch 1, the eager reference and transformers' generate; the last line is one JSON."""
-    from multibatch.bench import BenchOptions, run_bench
+@click.option("--d-nums", callback=_numbers, help="Decode rows; default: the ladder, or powers of two.")
+@click.option(
+    "--chunk-sizes",
+    callback=_numbers,
+    help="Prompt tokens, 0 for none; default: the prefill programs, or powers of two.",
+)
+@click.option("--repeats", default=5, show_default=True, help="Median of so many rounds.")
+@click.option(
+    "--from", "source", type=click.File("r"), help="Take this CSV (ctx_len,d_num,chunk_size,cost) instead of measuring."
+)
+@click.option(
+    "--export", type=click.Path(path_type=Path), help="Also write the table to this CSV; with --no-store, only that."
+)
+@click.option("--store/--no-store", default=True, help="Put the table into ARTIFACT.")
+def calibrate_command(artifact: Path, source: Any, export: Path | None, store: bool, **grid: Any) -> None:
+    """Measure what steps of ARTIFACT cost on this machine, for --slo-limits-for-dynamic-batch and the simulator."""
+    from multibatch.calibration import Grid, calibrate
+    from multibatch.cost_table import CostTable
+    from multibatch.publish import store_cost_table
 
     opened = Artifact.open(artifact)
-    prompts: tuple[tuple[int, ...], ...] = ()
-    if prompts_file is not None:
-        from multibatch.tokenizer import Tokenizer
+    if source is not None:
+        table = CostTable.from_csv(source.read(), source.name)
+    else:
+        from rich.progress import Progress
 
-        records = [json.loads(line) for line in prompts_file if line.strip()]
-        tokenizer = Tokenizer(artifact / "tokenizer")
-        prompts = tuple(tuple(r.get("prompt_token_ids") or tokenizer.encode(r["prompt"])) for r in records)
-    model = _reference_model(opened.manifest) if reference else None
-    result = run_bench(opened, BenchOptions(prompts=prompts, **options), model)
-    table = Table(
-        title=f"{result['batch']} requests, {options['output_len']} new tokens each, median of {options['repeats']}"
+        with Progress(console=ERR, transient=True) as bar:
+            task = bar.add_task("timing steps", total=None)
+            table = calibrate(opened, Grid(**grid), lambda done, total: bar.update(task, completed=done, total=total))
+    if export is not None:
+        export.write_text(table.to_csv(), encoding="utf-8")
+    if store:
+        store_cost_table(artifact, table)
+    OUT.print(_cost_summary(table), highlight=False, soft_wrap=True)
+
+
+def _cost_summary(table: Any) -> str:
+    costs = [row.cost for row in table.rows]
+    return (
+        f"{len(table.rows)} steps timed, {min(costs):.2f} to {max(costs):.2f} ms; up to {max(table.d_nums, default=0)}"
+        f" decode rows and a context of {max(table.ctx_lens, default=0)}"
     )
-    for name in ("variant", "decode tok/s", "of limit", "output tok/s", "TTFT s", "ladder is"):
-        table.add_column(name, justify="left" if name == "variant" else "right")
-    names = {
-        "pad_to_max": "pad to max",
-        "batch_1": "batch 1",
-        "transformers_generate": "HF generate",
-    }
-    for name, v in result["variants"].items():
-        ratio = result["ladder_over"].get(name)
-        figures = (
-            f"{v['decode_tokens_per_s']:.1f}",
-            f"{v['share_of_limit']:.0%}",
-            f"{v['output_tokens_per_s']:.1f}",
-            f"{v['ttft_mean_s']:.3f}",
-        )
-        table.add_row(names.get(name, name), *figures, "" if ratio is None else f"{ratio:.2f} x")
-    _OUT.print(table)
-    _OUT.print(
-        f"limit: {result['limit_decode_tokens_per_s']} decode tokens/s, the bytes of a step (weights and KV) over the"
-        f" {result['bandwidth_gbps']['best']} GB/s read in this run",
-        highlight=False,
-    )
-    click.echo(json.dumps(result))
-
-
-def _reference_model(manifest: Manifest) -> Any:
-    from transformers import AutoModelForCausalLM
-
-    from multibatch.backends.base import DTYPES
-
-    _quiet()
-    return AutoModelForCausalLM.from_pretrained(manifest.model.id, dtype=DTYPES[manifest.model.dtype]).eval()
 
 
 @main.command("demo")
@@ -287,22 +271,22 @@ def demo_command(output: Path) -> None:
     from multibatch.demo.waves import run_waves
     from multibatch.llm import LLM
 
-    _quiet()
+    quiet()
     start = time.perf_counter()
     model = Path(multibatch.__file__).parent / "demo" / "model"
     if output.is_dir():
-        _OUT.print(f"{output} is there already: nothing to compile", soft_wrap=True)
+        OUT.print(f"{output} is there already: nothing to compile", soft_wrap=True)
     else:
-        _OUT.print(
+        OUT.print(
             f"Compiling the demo model into {output}: decoders 8, 4, 1, and one program for prompts of any length",
             soft_wrap=True,
         )
         multibatch_compile.compile_model(model, output, decoder_batch_sizes=[8, 4, 1], max_seq_len=512, progress=True)
     _print_table(Artifact.open(output))
-    run_waves(LLM(output), _OUT)
-    _OUT.print(f"{time.perf_counter() - start:.1f} s in all. Next:", highlight=False)
+    run_waves(LLM(output), OUT)
+    OUT.print(f"{time.perf_counter() - start:.1f} s in all. Next:", highlight=False)
     # One line whatever the terminal's width, so that it can be copied.
-    _OUT.print(f"multibatch generate {output} --chat --prompt 'What is 17 + 25?'", highlight=False, soft_wrap=True)
+    OUT.print(f"multibatch generate {output} --chat --prompt 'What is 17 + 25?'", highlight=False, soft_wrap=True)
 
 
 def _figures(manifest: Manifest, name: str) -> list[dict[str, Any]]:
@@ -350,7 +334,7 @@ def _print_table(artifact: Artifact) -> None:
         )
         for figures in smaller:
             table.add_row(figures["program"], *_call(figures))
-    _OUT.print(table)
+    OUT.print(table)
     build, model = manifest.build, manifest.model
     lines = [
         "ms: median step; of GB/s: weight bytes per step over the measured read bandwidth; error: largest difference",
@@ -364,7 +348,7 @@ def _print_table(artifact: Artifact) -> None:
         f"built with torch {build.torch_version}, transformers {build.transformers_version}, Python {build.python_version},"
         f" {build.host_cores} cores reading {build.measured_bandwidth_gbps} GB/s, {build.created_at}",
     ]
-    _OUT.print("\n".join(lines), highlight=False, soft_wrap=True)
+    OUT.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def _quantization_lines(manifest: Manifest) -> list[str]:

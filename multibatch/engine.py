@@ -12,13 +12,16 @@ import torch
 from multibatch.artifact import Artifact, check_host
 from multibatch.backends.base import DTYPES, LoadedPrograms
 from multibatch.config import EngineConfig, isa_from_environment, threads_from_environment
+from multibatch.cost import CostModel
 from multibatch.errors import CapacityError, ConfigError, RequestError, StepError
 from multibatch.hardware import available_memory_bytes, read_cpu_info
 from multibatch.kv.allocator import BlockAllocator
 from multibatch.kv.block_table import blocks_for
 from multibatch.kv.pool import KVPool
+from multibatch.kv.prefix import PrefixCache, PrefixCacheStats
 from multibatch.ladder import DecoderLadder
 from multibatch.manifest import Manifest
+from multibatch.policies.build import build_policies
 from multibatch.request import (
     CompletionOutput,
     FinishReason,
@@ -30,7 +33,7 @@ from multibatch.request import (
     resolve_seed,
 )
 from multibatch.runner import Runner
-from multibatch.sampler import RowLogprobs, Sampler, SamplingRow
+from multibatch.sampler import RowLogprobs, SampledRows, Sampler, SamplingRow
 from multibatch.sampling_params import RequestOutputKind, SamplingParams
 from multibatch.scheduled_step import ScheduledStep
 from multibatch.scheduler import Scheduler, SchedulerConfig
@@ -84,22 +87,31 @@ class Engine:
         self._programs = programs or load_programs(artifact, config.num_threads)
         num_blocks = _num_blocks(manifest, config, self.max_num_seqs, self.max_seq_len)
         self.pool = KVPool.allocate(manifest.kv, num_blocks + 1, DTYPES[manifest.model.dtype])
-        limits = SchedulerConfig(
+        self.limits = SchedulerConfig(
             max_num_seqs=self.max_num_seqs,
             max_seq_len=self.max_seq_len,
             block_size=manifest.kv.block_size,
             max_prefill_tokens=manifest.max_prefill_tokens,
             max_prefill_rows=manifest.max_prefill_rows,
+            queue_policy=config.scheduling_policy,  # type: ignore[arg-type]
+            priority_patience=config.priority_patience,
         )
         self._allocator = BlockAllocator(num_blocks + 1)
-        self.scheduler = Scheduler(limits, self._allocator)
-        selector = Selector(DecoderLadder(manifest.decoder_batch_sizes), config.selector_policy)  # type: ignore[arg-type]
+        self._prefix_cache: PrefixCache | None = None
+        if config.enable_prefix_caching:
+            self._prefix_cache = PrefixCache(self._allocator, manifest.kv.block_size)
+        policies = build_policies(config, self.max_num_seqs, artifact.cost_table())
+        self.scheduler = Scheduler(self.limits, self._allocator, self._prefix_cache, policies)
+        measured = {size: spec.measured_ms for size, spec in manifest.decoders.items() if spec.measured_ms is not None}
+        cost = CostModel.from_mapping(measured)
+        selector = Selector(DecoderLadder(manifest.decoder_batch_sizes), config.selector_policy, cost)  # type: ignore[arg-type]
         self.runner = Runner(manifest, self._programs, self.pool, selector)
         tokenizer_dir = artifact.path / "tokenizer"
         self._tokenizer_dir: Path | None = tokenizer_dir if tokenizer_dir.is_dir() else None
         self._tokenizer: Tokenizer | None = None
         self._sampler = Sampler(self._programs.chunk_maxima)
         self._seed = config.seed
+        self._queue_policy = config.scheduling_policy
         self._num_requests = 0
         self._groups: dict[str, _Group] = {}
         self._owner: dict[str, tuple[_Group, _Completion]] = {}
@@ -130,13 +142,21 @@ class Engine:
         prompt_token_ids: AnySequence[int],
         params: SamplingParams,
         prompt: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> None:
-        """Queues a request.
+        """Queues a request; `priority` and `cache_salt` are those of `multibatch.request.Request`.
 
         Raises:
             RequestError: it can never run here; nothing was queued.
         """
         self._check(request_id, prompt_token_ids, params)
+        if priority and self._queue_policy != "priority":
+            raise RequestError(
+                f"request {request_id!r}: priority {priority}, and the engine serves first come, first served;"
+                ' give it scheduling_policy="priority", or leave the priority out'
+            )
         group = _Group(request_id, prompt, list(prompt_token_ids), params, [], time.time(), time.monotonic())
         number = self._num_requests
         for child in range(params.n):
@@ -148,6 +168,8 @@ class Engine:
                 arrival_time=group.arrival_time,
                 seed=resolve_seed(params.seed, number, self._seed, child_index=child),
                 eos_token_ids=self.manifest.model.eos_token_ids,
+                priority=priority,
+                cache_salt=cache_salt,
             )
             detokenizer = None
             if params.detokenize and (self._tokenizer_dir is not None or params.stop):
@@ -181,28 +203,33 @@ class Engine:
         A step that fails ends its own requests with finish_reason "error"; `failure` says why and the engine goes on.
         """
         step = self.scheduler.schedule()
-        now = time.monotonic()
+        now = started = time.monotonic()
         for sequence in step.sequences:
             group = self._owner[sequence.request_id][0]
             group.scheduled_ts = group.scheduled_ts or now
         try:
-            with self._programs.own_threads():
-                logits = self.runner.run(step)
-                rows = [SamplingRow.from_sequence(sequence) for sequence in step.sampled]
-                sampled = self._sampler.sample(logits, rows) if rows else None
+            sampled = self.compute(step)
         except (RuntimeError, StepError) as error:
             return self._fail(step, error)
-        if sampled is None:
-            return []
         live = [sequence for sequence in step.sampled if not sequence.is_finished]
         self.scheduler.update(step, sampled.token_ids)
         now = time.monotonic()
+        self.scheduler.step_done(step, (now - started) * 1000)
         for sequence, token, logprobs in zip(step.sampled, sampled.token_ids, sampled.logprobs, strict=True):
             if sequence in live:
                 self._accept(sequence, token, logprobs, now)
         groups = dict.fromkeys(self._owner[sequence.request_id][0].request_id for sequence in step.sampled)
         outputs = [self._output(self._groups[name]) for name in groups]
         return [output for output in outputs if output is not None]
+
+    @property
+    def prefix_cache_stats(self) -> PrefixCacheStats:
+        """Prompt tokens asked for and found since the start; zeros where prefix caching is off."""
+        return PrefixCacheStats() if self._prefix_cache is None else self._prefix_cache.stats
+
+    def reset_prefix_cache(self) -> None:
+        """Forgets what is in the blocks of the pool; running requests keep theirs."""
+        self._allocator.forget()
 
     def run_all(self) -> dict[str, RequestOutput]:
         """Steps until nothing is left; the requests that ended meanwhile, by id.
@@ -217,6 +244,16 @@ class Engine:
         if self.failure is not None:
             raise self.failure
         return done
+
+    def compute(self, step: ScheduledStep) -> SampledRows:
+        """Runs the programs and draws the tokens of a step, in the order of `step.sampled`.
+
+        Queues and requests do not change. Raises what the programs and the sampler do.
+        """
+        with self._programs.own_threads():
+            logits = self.runner.run(step)
+            rows = [SamplingRow.from_sequence(sequence) for sequence in step.sampled]
+            return self._sampler.sample(logits, rows)
 
     def _check(self, request_id: str, prompt_token_ids: AnySequence[int], params: SamplingParams) -> None:
         if request_id in self._groups:
@@ -300,7 +337,7 @@ class Engine:
             outputs,
             finished,
             metrics,
-            num_cached_tokens=0,
+            num_cached_tokens=group.completions[0].sequence.num_cached_tokens,
         )
 
 

@@ -22,13 +22,12 @@ from multibatch.request import RequestOutput
 from multibatch.sampling_params import RequestOutputKind, SamplingParams
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}."""
+"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}; a dict may have a "cache_salt"."""
 
 _NOT_BUILT = {
     "lora_request": "LoRA adapters",
     "tools": "tools",
     "mm_processor_kwargs": "multimodal prompts",
-    "priority": "priorities",
     "tokenization_kwargs": "tokenization options",
 }
 
@@ -42,10 +41,12 @@ class LLM:
         max_model_len: longest sequence; `max_seq_len` is the same.
         kv_cache_memory_bytes: size of the KV pool.
         num_kv_blocks: size of the KV pool in blocks, instead.
+        enable_prefix_caching: keeps full KV blocks for prompts that begin like earlier ones.
         seed: where requests without a seed get theirs from.
-        selector_policy: which decoder runs n rows: nearest, pad_to_max, one_by_one.
+        selector_policy: which decoders run n rows: cheapest, nearest, pad_to_max, one_by_one.
         num_threads: threads of the operators, shared by the process.
         compile_options: for a model: keyword arguments of `multibatch_compile.compile_model`.
+        engine_options: any other field of `multibatch.config.EngineConfig`: scheduling policies and their targets.
 
     Raises:
         ArtifactError: the folder does not open.
@@ -61,12 +62,14 @@ class LLM:
         max_seq_len: int | None = None,
         kv_cache_memory_bytes: int | None = None,
         num_kv_blocks: int | None = None,
+        enable_prefix_caching: bool = True,
         seed: int = 0,
-        selector_policy: str = "nearest",
+        selector_policy: str = "cheapest",
         num_threads: int | None = None,
         compile_options: Mapping[str, Any] | None = None,
-        **unknown: Any,
+        **engine_options: Any,
     ) -> None:
+        unknown = set(engine_options) - {field.name for field in dataclasses.fields(EngineConfig)}
         if unknown:
             raise ConfigError(
                 f"LLM does not know {', '.join(sorted(unknown))}; see help(multibatch.LLM) for what it does"
@@ -76,9 +79,11 @@ class LLM:
             max_seq_len=max_model_len if max_model_len is not None else max_seq_len,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             num_kv_blocks=num_kv_blocks,
+            enable_prefix_caching=enable_prefix_caching,
             seed=seed,
             selector_policy=selector_policy,
             num_threads=num_threads,
+            **engine_options,
         )
         self.artifact = open_or_compile(model, compile_options or {})
         self.engine = Engine(self.artifact, config)
@@ -90,16 +95,20 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
         **not_built: Any,
     ) -> list[RequestOutput]:
         """Continues every prompt; results come in the order of the prompts.
+
+        `priority`: one number for each prompt, lower ones first, with `scheduling_policy="priority"`.
 
         Raises:
             RequestError: a prompt or its parameters can never run here; nothing was run.
             StepError: a step failed; names the requests that failed with it.
         """
         _refuse_not_built(not_built)
-        return self._finish(self._add_all(prompts, sampling_params, RequestOutputKind.FINAL_ONLY), use_tqdm)
+        added = self._add_all(prompts, sampling_params, RequestOutputKind.FINAL_ONLY, priority)
+        return self._finish(added, use_tqdm)
 
     def chat(
         self,
@@ -107,6 +116,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -130,7 +140,7 @@ class LLM:
             )
             for conversation in conversations
         ]
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> Iterator[RequestOutput]:
         """Continues one prompt and yields an output per token."""
@@ -150,6 +160,11 @@ class LLM:
         """What `generate` uses where none are given."""
         return SamplingParams()
 
+    def reset_prefix_cache(self) -> bool:
+        """Forgets every cached prefix; True, as in vLLM, because it always can."""
+        self.engine.reset_prefix_cache()
+        return True
+
     def take_records(self) -> list[CallRecord]:
         """The program calls since the last time this was asked."""
         records, self.engine.runner.records = self.engine.runner.records, []
@@ -160,6 +175,7 @@ class LLM:
         prompts: Any,
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         kind: RequestOutputKind | None = None,
+        priority: Sequence[int] | None = None,
     ) -> list[str]:
         given = _listed(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
@@ -168,14 +184,16 @@ class LLM:
             params = list(sampling_params)
         if len(params) != len(given):
             raise RequestError(f"{len(params)} sampling_params for {len(given)} prompts; give one, or one for each")
+        if priority is not None and len(priority) != len(given):
+            raise RequestError(f"{len(priority)} priorities for {len(given)} prompts; give one for each, or none")
         self.engine.failure = None
         added: list[str] = []
         try:
-            for prompt, p in zip(given, params, strict=True):
-                text, ids = self._encode(prompt)
+            for prompt, p, rank in zip(given, params, priority or [0] * len(given), strict=True):
+                text, ids, salt = self._encode(prompt)
                 p = p if kind is None else dataclasses.replace(p, output_kind=kind)
                 request_id = str(next(self._ids))
-                self.engine.add_request(request_id, ids, p, text)
+                self.engine.add_request(request_id, ids, p, text, priority=rank, cache_salt=salt)
                 added.append(request_id)
         except RequestError:
             for request_id in added:
@@ -183,22 +201,27 @@ class LLM:
             raise
         return added
 
-    def _encode(self, prompt: Any) -> tuple[str | None, list[int]]:
+    def _encode(self, prompt: Any) -> tuple[str | None, list[int], str | None]:
+        """A prompt's text, if it has one, its token ids and its cache salt."""
+        salt = None
         if isinstance(prompt, Mapping):
-            keys = set(prompt) & {"prompt", "prompt_token_ids"}
-            if not keys or set(prompt) - keys:
+            unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
+            if unknown or not set(prompt) & {"prompt", "prompt_token_ids"}:
                 raise RequestError(
-                    f"a prompt with the keys {', '.join(map(str, prompt))}; allowed: prompt, prompt_token_ids"
+                    f"a prompt with the keys {', '.join(map(str, prompt))}; allowed: prompt, prompt_token_ids, cache_salt"
                 )
+            salt = prompt.get("cache_salt")
+            if salt is not None and (not isinstance(salt, str) or not salt):
+                raise RequestError(f"cache_salt is {salt!r}; allowed: a string that is not empty, or None")
             if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), _token_ids(prompt["prompt_token_ids"])
+                return prompt.get("prompt"), _token_ids(prompt["prompt_token_ids"]), salt
             prompt = prompt["prompt"]
         if isinstance(prompt, str):
             ids = self.engine.tokenizer.encode(prompt)
             if not ids:
                 raise RequestError("a prompt of 0 tokens; allowed: 1 or more")
-            return prompt, ids
-        return None, _token_ids(prompt)
+            return prompt, ids, salt
+        return None, _token_ids(prompt), salt
 
     def _finish(self, request_ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
         done: dict[str, RequestOutput] = {}

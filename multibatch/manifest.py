@@ -20,6 +20,7 @@ from multibatch.strict_json import decode, parse
 SCHEMA_VERSION: Final = 3
 MANIFEST_NAME: Final = "manifest.json"
 MANIFEST_HASH_NAME: Final = "manifest.sha256"
+COST_TABLE_NAME: Final = "cost_table.csv"
 DTYPE_BYTES: Final[Mapping[str, int]] = types.MappingProxyType(
     {"float32": 4, "float16": 2, "bfloat16": 2} | {"int64": 8, "int32": 4, "int16": 2, "int8": 1, "uint8": 1, "bool": 1}
 )
@@ -339,6 +340,11 @@ class Manifest:
             allowed = f"{'a file' if compiled else 'null'} for backend {self.build.backend}"
             has_file = program.file is not None
             _require(has_file == compiled, f"file of {program.name!r}", program.file, allowed)
+
+    @property
+    def cost_table(self) -> FileRecord | None:
+        """What `multibatch calibrate` measured, among `files`; None before that."""
+        return next((record for record in self.files if record.path == COST_TABLE_NAME), None)
 
     @property
     def decoders(self) -> dict[int, ProgramSpec]:

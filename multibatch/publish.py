@@ -8,6 +8,7 @@ afterwards in `artifact.py`.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import os
 import shutil
@@ -16,10 +17,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from multibatch.artifact import Artifact, checksum_line
+from multibatch.artifact import Artifact, checksum_line, record_file
 from multibatch.atomic_folder import files_below, flush_tree, leftovers, lock, remove_tree, replace, sibling
+from multibatch.cost_table import CostTable
 from multibatch.errors import ArtifactError
-from multibatch.manifest import MANIFEST_HASH_NAME, MANIFEST_NAME, Manifest
+from multibatch.manifest import COST_TABLE_NAME, MANIFEST_HASH_NAME, MANIFEST_NAME, Manifest
 
 _NO_LINKS: Final = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP)
 _NO_SPACE: Final = (errno.ENOSPC, errno.EDQUOT)
@@ -139,6 +141,21 @@ def update(path: str | os.PathLike[str], *, needed_bytes: int = 0) -> Iterator[t
         for record in artifact.manifest.all_files:
             staging.link(artifact.file(record), record.path)
         yield artifact, staging
+
+
+def store_cost_table(path: str | os.PathLike[str], table: CostTable) -> Artifact:
+    """Puts a cost table into an artifact, in the place of the one that is there.
+
+    Raises:
+        ArtifactError: as `update`.
+    """
+    with update(path) as (old, staging):
+        if old.manifest.cost_table is not None:
+            staging.remove(COST_TABLE_NAME)
+        (staging.path / COST_TABLE_NAME).write_text(table.to_csv(), encoding="utf-8")
+        others = tuple(record for record in old.manifest.files if record.path != COST_TABLE_NAME)
+        record = record_file(staging.path, COST_TABLE_NAME)
+        return staging.publish(dataclasses.replace(old.manifest, files=(*others, record)))
 
 
 def ensure_disk_space(path: str | os.PathLike[str], needed_bytes: int) -> None:

@@ -58,6 +58,10 @@ class Request:
     """The request's own random stream, already resolved (see `resolve_seed`)."""
     eos_token_ids: tuple[int, ...] = ()
     """The model's end-of-sequence tokens, whether or not the request ignores them."""
+    priority: int = 0
+    """Lower numbers are served first, where the engine's policy is "priority"."""
+    cache_salt: str | None = None
+    """Shares cached prefixes only with requests of the same salt: nobody else can tell from the time what was asked."""
 
     def __post_init__(self) -> None:
         if not self.request_id:
@@ -97,6 +101,12 @@ class Sequence:
     stop_reason: int | str | None = None
     """The stop token or string that matched; None for end-of-sequence and every other reason."""
     num_preemptions: int = 0
+    num_cached_tokens: int | None = None
+    """Prompt tokens found in the pool when it was admitted first; None before that."""
+    order: tuple[int, int] = (0, 0)
+    """Its place in the queues: lower ones are served first (see `multibatch.queues`)."""
+    block_keys: list[bytes] = field(default_factory=list)
+    """Keys of its first full blocks, as far as they were asked for (see `multibatch.kv.prefix`)."""
 
     def __post_init__(self) -> None:
         if not self.token_ids:

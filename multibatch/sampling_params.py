@@ -114,7 +114,7 @@ class SamplingParams:
     bad_words: Sequence[str] | None = field(default=None, kw_only=True)
     """Not built; empty is none."""
     skip_reading_prefix_cache: bool | None = field(default=None, kw_only=True)
-    """Not built."""
+    """Computes the whole prompt even where the pool has a part of it; None is False."""
     thinking_token_budget: int | None = field(default=None, kw_only=True)
     """Not built."""
     repetition_detection: object = field(default=None, kw_only=True)
@@ -168,7 +168,6 @@ _NOT_BUILT: Final[Mapping[str, tuple[object, str]]] = {
     "allowed_token_ids": (None, _WAIT),
     "extra_args": (None, "Leave it out; there are no plug-ins that would read it."),
     "bad_words": (None, _WAIT),
-    "skip_reading_prefix_cache": (None, "Leave it out; it is not set per request."),
     "thinking_token_budget": (None, "Leave it out; `max_tokens` bounds the whole output."),
     "repetition_detection": (None, "Leave it out; `max_tokens` bounds the whole output."),
     "routed_experts_prompt_start": (0, "Leave it out; routed experts are not returned."),
@@ -207,6 +206,8 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
     for name in _BOOLS:
         if not isinstance(values[name], bool):
             raise _refusal(name, values[name], "True or False")
+    if not isinstance(values["skip_reading_prefix_cache"], bool | None):
+        raise _refusal("skip_reading_prefix_cache", values["skip_reading_prefix_cache"], "True, False or None")
     if not isinstance(values["output_kind"], RequestOutputKind):
         raise _refusal("output_kind", values["output_kind"], "a RequestOutputKind")
     values["stop"] = _stop_strings(values["stop"])

@@ -1,4 +1,4 @@
-"""Who runs in the next step: continuous batching, first come first served, over token counts only.
+"""Who runs in the next step: continuous batching over token counts only, in the order of `multibatch.queues`.
 
 A step is a prefill call and a decode call, either of which may be empty, run in this order:
 
@@ -8,8 +8,9 @@ A step is a prefill call and a decode call, either of which may be empty, run in
   however much is waiting for prefill; a sequence whose last chunk runs now decodes from the next
   step on. Admission goes on in every step that has prefill budget left, which keeps decoders full.
 
-`running` followed by `waiting` is the order of arrival at all times: the head of the queue is
-never passed, the victim of a full pool is the one admitted last, and it returns to the front.
+The head of the queue is never passed; it waits for room, or, where it came by priority, pauses those
+behind it that run. The victim of a full pool is the last in the order, and it returns to its place:
+first come, first served, `running` followed by `waiting` is the order of arrival at all times.
 
 `schedule` reserves the blocks of the step and advances `num_computed_tokens` by the step's tokens
 at once; `update` appends the sampled ids. So right after `schedule` a decode row's token is at
@@ -22,13 +23,17 @@ arrives for a sequence which ended meanwhile is dropped.
 
 from __future__ import annotations
 
-from collections import abc, deque
+from collections import abc
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from typing import get_args
 
 from multibatch.errors import ConfigError, RequestError
 from multibatch.kv.allocator import BlockAllocator
 from multibatch.kv.block_table import blocks_for
+from multibatch.kv.prefix import PrefixCache
+from multibatch.policies.base import Load, Policies
+from multibatch.queues import QueuePolicy, Queues
 from multibatch.request import FinishReason, Sequence, SequenceStatus
 from multibatch.scheduled_step import PrefillChunk, ScheduledStep
 
@@ -37,22 +42,28 @@ __all__ = ["PrefillChunk", "ScheduledStep", "Scheduler", "SchedulerConfig"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulerConfig:
-    """The limits that the compiled programs and the pool set."""
+    """The limits that the compiled programs and the pool set, and the order of the queues."""
 
     max_num_seqs: int  # sequences running at once, prefilling or decoding
     max_seq_len: int  # tokens of a sequence, prompt and output together
     block_size: int  # tokens per KV block
     max_prefill_tokens: int  # tokens of one prefill call: the largest prefill program
     max_prefill_rows: int  # prompts that share one prefill call
+    queue_policy: QueuePolicy = "fcfs"  # see multibatch.queues
+    priority_patience: int | None = 1000  # steps that a level of priority is worth; None: any number
 
     def __post_init__(self) -> None:
         """Checks the limits.
 
         Raises:
-            ConfigError: one is not an int >= 1.
+            ConfigError: one is not an int >= 1, or the policy is unknown.
         """
+        if self.queue_policy not in get_args(QueuePolicy):
+            raise ConfigError(f"queue policy {self.queue_policy!r}; choose one of {', '.join(get_args(QueuePolicy))}")
         for limit in fields(self):
             value = getattr(self, limit.name)
+            if limit.name == "queue_policy" or (limit.name == "priority_patience" and value is None):
+                continue
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{limit.name} is {value!r}; it has to be a whole number >= 1")
 
@@ -64,37 +75,51 @@ class Scheduler:
     preempted for another, and `add` refuses what could not end with the whole pool to itself.
     """
 
-    def __init__(self, config: SchedulerConfig, allocator: BlockAllocator) -> None:
-        """Starts with nothing to do; the blocks of `allocator` are lent by this scheduler alone."""
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        allocator: BlockAllocator,
+        prefix_cache: PrefixCache | None = None,
+        policies: Policies | None = None,
+    ) -> None:
+        """Starts with nothing to do; the blocks of `allocator` are lent by this scheduler alone.
+
+        Args:
+            config: the limits.
+            allocator: of the pool.
+            prefix_cache: over the same allocator, to begin with blocks that are computed already; or None.
+            policies: what else caps admission and prefill; default: nothing.
+        """
         self._config = config
         self._allocator = allocator
-        self._waiting: deque[Sequence] = deque()
-        self._running: list[Sequence] = []
-        self._by_id: dict[str, Sequence] = {}
+        self._prefix_cache = prefix_cache
+        self._policies = policies or Policies()
+        self._queues = Queues(config.queue_policy, config.priority_patience)
+        self._num_steps = 0
 
     @property
     def waiting(self) -> abc.Sequence[Sequence]:
         """Sequences without blocks, the next to be admitted first."""
-        return self._waiting
+        return self._queues.waiting
 
     @property
     def running(self) -> abc.Sequence[Sequence]:
-        """Sequences that hold blocks, in the order they were admitted."""
-        return self._running
+        """Sequences that hold blocks, in the order of the queue: the last is the first to be paused."""
+        return self._queues.running
 
     @property
     def has_unfinished(self) -> bool:
         """Whether anything waits or runs."""
-        return bool(self._running or self._waiting)
+        return bool(self.running or self.waiting)
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a new sequence behind all others.
+        """Queues a new sequence, behind all others of its priority.
 
         Raises:
             RequestError: it could never run here, or its request id is in use.
         """
         name = f"request {sequence.request_id!r}"
-        if sequence.request_id in self._by_id:
+        if self._queues.get(sequence.request_id) is not None:
             raise RequestError(f"{name} is being served already; give each request its own id")
         num_prompt, longest = sequence.num_prompt_tokens, self._config.max_seq_len - 1
         if not 1 <= num_prompt <= longest:
@@ -111,8 +136,7 @@ class Scheduler:
                 f"{self._allocator.num_total}: lower max_tokens, shorten the prompt, or give the "
                 "KV pool more memory"
             )
-        self._by_id[sequence.request_id] = sequence
-        self._waiting.append(sequence)
+        self._queues.add(sequence, self._num_steps)
 
     def schedule(self) -> ScheduledStep:
         """Plans the next step and reserves its blocks.
@@ -120,10 +144,11 @@ class Scheduler:
         In synchronous use the step is empty only if nothing is unfinished. One step ahead it is
         empty too while every running sequence is known to end with the ids on their way.
         """
-        decode, preempted = self._plan_decode()
-        # A victim is not admitted in the step it was preempted in: it waits at the head, and what
-        # it held, less what was taken of it, is too little for it.
-        prefill = self._plan_prefill()
+        self._num_steps += 1
+        max_running = self._max_running()
+        preempted = self._pause_for_head(max_running)
+        decode = self._plan_decode(preempted)
+        prefill = self._plan_prefill(decode, preempted, max_running)
         return ScheduledStep(tuple(prefill), tuple(decode), tuple(preempted))
 
     def update(self, step: ScheduledStep, sampled: abc.Sequence[int]) -> list[Sequence]:
@@ -138,6 +163,8 @@ class Scheduler:
         sequences = step.sampled
         if len(sampled) != len(sequences):
             raise ValueError(f"{len(sampled)} ids for the {len(sequences)} sequences of a step")
+        if self._prefix_cache is not None:
+            _remember(self._prefix_cache, step)
         finished = []
         for sequence, token_id in zip(sequences, sampled, strict=True):
             if sequence.is_finished:
@@ -159,17 +186,15 @@ class Scheduler:
         sequence.stop_reason = stop_reason
         if sequence.is_finished:
             return
-        if sequence.status is SequenceStatus.RUNNING:
-            self._running.remove(sequence)
-        else:
-            self._waiting.remove(sequence)
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            for limit in self._policies.limits:
+                limit.sequence_done(len(sequence.block_ids))
+        self._queues.remove(sequence)
         self._release(sequence)
-        sequence.status = SequenceStatus.FINISHED
-        del self._by_id[sequence.request_id]
 
     def abort(self, request_id: str) -> Sequence | None:
         """Ends a request as its client asked; None where it has ended or was never here."""
-        sequence = self._by_id.get(request_id)
+        sequence = self._queues.get(request_id)
         if sequence is not None:
             self.finish(sequence, FinishReason.ABORT)
         return sequence
@@ -185,26 +210,63 @@ class Scheduler:
             self.finish(sequence, FinishReason.ERROR)
         return failed
 
+    def step_done(self, step: ScheduledStep, ms: float) -> None:
+        """Tells the policies how long a step took, in wall milliseconds, from its launch to its ids."""
+        for limit in self._policies.limits:
+            limit.step_done(len(step.decode), ms)
+
     def check_integrity(self) -> None:
-        """Checks that every block is free or held by exactly one running sequence.
+        """Checks that every block is free or held by the running sequences it was lent to.
 
         Raises:
             BlockOwnershipError: with the first block that is not.
         """
-        everyone = (*self._running, *self._waiting)
+        everyone = (*self.running, *self.waiting)
         self._allocator.check_integrity(block for seq in everyone for block in seq.block_ids)
 
-    def _plan_decode(self) -> tuple[list[Sequence], list[Sequence]]:
+    def _max_running(self) -> int:
+        """Sequences that may run after the admissions of this step."""
+        if not self._policies.limits:
+            return self._config.max_num_seqs
+        size = self._config.block_size
+        load = Load(
+            num_waiting=len(self.waiting),
+            num_running=len(self.running),
+            num_decoding=sum(map(self._is_decoding, self.running)),
+            num_held_blocks=sum(len(sequence.block_ids) for sequence in self.running),
+            num_total_blocks=self._allocator.num_total,
+            declared_blocks=sum(
+                blocks_for(self._max_total_tokens(sequence), size) for sequence in (*self.running, *self.waiting)
+            ),
+        )
+        return min(self._config.max_num_seqs, *(limit.limit(load) for limit in self._policies.limits))
+
+    def _pause_for_head(self, max_running: int) -> list[Sequence]:
+        """Pauses sequences that come after the head of the queue and hold what it needs; never so first come, first served."""
+        paused: list[Sequence] = []
+        if self._config.queue_policy == "fcfs" or not self.waiting or len(self.running) > max_running:
+            return paused
+        head = self.waiting[0]
+        after = [sequence for sequence in self.running if sequence.order > head.order]
+        needed = blocks_for(head.num_tokens + 1, self._config.block_size)
+        if needed > self._allocator.num_free + sum(len(sequence.block_ids) for sequence in after):
+            return paused
+        while after and (len(self.running) >= max_running or not self._find_blocks(head)[1]):
+            victim = after.pop()
+            self._preempt(victim)
+            paused.append(victim)
+        return paused
+
+    def _plan_decode(self, preempted: list[Sequence]) -> list[Sequence]:
         decode: list[Sequence] = []
-        preempted: list[Sequence] = []
-        for sequence in list(self._running):
+        for sequence in list(self.running):
             # a victim of this very loop is no longer running
             if sequence.status is not SequenceStatus.RUNNING or not self._is_decoding(sequence):
                 continue
             if self._reserve_next(sequence, preempted):
                 sequence.num_computed_tokens += 1
                 decode.append(sequence)
-        return decode, preempted
+        return decode
 
     def _is_decoding(self, sequence: Sequence) -> bool:
         # With an id on its way there are num_computed_tokens + 1 tokens. One that these make
@@ -217,7 +279,7 @@ class Scheduler:
         num_blocks = blocks_for(sequence.num_computed_tokens + 1, self._config.block_size)
         missing = num_blocks - len(sequence.block_ids)
         while missing > self._allocator.num_free:
-            victim = self._running[-1]
+            victim = self.running[-1]
             self._preempt(victim)
             preempted.append(victim)
             if victim is sequence:
@@ -228,17 +290,19 @@ class Scheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         """Takes a sequence's blocks; its tokens stay, to be prefilled again."""
-        self._running.remove(sequence)
+        self._queues.pause(sequence)
         self._release(sequence)
         sequence.num_computed_tokens = 0
         sequence.num_preemptions += 1
-        sequence.status = SequenceStatus.WAITING
-        self._waiting.appendleft(sequence)
 
-    def _plan_prefill(self) -> list[PrefillChunk]:
+    def _plan_prefill(self, decode: list[Sequence], preempted: list[Sequence], max_running: int) -> list[PrefillChunk]:
         chunks: list[PrefillChunk] = []
         budget = self._config.max_prefill_tokens
-        for sequence in self._prefill_candidates():
+        if self._policies.step_budget is not None:
+            budget = self._policies.step_budget.refine(budget, [sequence.num_computed_tokens for sequence in decode])
+        if not budget:
+            return chunks
+        for sequence in self._prefill_candidates(preempted, max_running):
             start = sequence.num_computed_tokens
             chunk = PrefillChunk(sequence, start, min(budget, sequence.num_tokens - start))
             sequence.num_computed_tokens = chunk.stop
@@ -248,22 +312,41 @@ class Scheduler:
                 break
         return chunks
 
-    def _prefill_candidates(self) -> Iterator[Sequence]:
+    def _prefill_candidates(self, preempted: list[Sequence], max_running: int) -> Iterator[Sequence]:
         """Prompts begun, then new ones; a new one is admitted only when it is asked for."""
-        for sequence in self._running:
+        for sequence in list(self.running):
             if sequence.num_computed_tokens < sequence.num_tokens:  # decode rows have none left
                 yield sequence
-        while self._waiting and len(self._running) < self._config.max_num_seqs:
-            sequence = self._waiting[0]
-            # all of its tokens and the next one, so that a prompt once begun is never stuck
-            num_blocks = blocks_for(sequence.num_tokens + 1, self._config.block_size)
-            if num_blocks > self._allocator.num_free:
+        while self.waiting and len(self.running) < max_running:
+            sequence = self.waiting[0]
+            # A victim could come back at once where another has computed what it shares; a step has everyone once.
+            if sequence in preempted or not self._take_blocks(sequence):
                 return
-            self._waiting.popleft()
-            sequence.block_ids = self._allocator.allocate(num_blocks)
-            sequence.status = SequenceStatus.RUNNING
-            self._running.append(sequence)
+            self._queues.admit(sequence)
             yield sequence
+
+    def _find_blocks(self, sequence: Sequence) -> tuple[list[int], bool]:
+        """The cached blocks that a sequence begins with, and whether the others it needs are free.
+
+        They are those of all its tokens and the next one, so that a prompt once begun is never stuck.
+        """
+        cached = [] if self._prefix_cache is None else self._prefix_cache.match(sequence)
+        missing = blocks_for(sequence.num_tokens + 1, self._config.block_size) - len(cached)
+        return cached, missing <= self._allocator.num_free - self._allocator.num_idle(cached)
+
+    def _take_blocks(self, sequence: Sequence) -> bool:
+        cached, fits = self._find_blocks(sequence)
+        if not fits:
+            return False
+        self._allocator.share(cached)
+        missing = blocks_for(sequence.num_tokens + 1, self._config.block_size) - len(cached)
+        sequence.block_ids = cached + self._allocator.allocate(missing)
+        sequence.num_computed_tokens = len(cached) * self._config.block_size
+        if self._prefix_cache is None:
+            sequence.num_cached_tokens = 0
+        else:
+            self._prefix_cache.admitted(sequence, sequence.num_computed_tokens)
+        return True
 
     def _release(self, sequence: Sequence) -> None:
         self._allocator.free(sequence.block_ids)
@@ -288,3 +371,17 @@ def _token_stop(sequence: Sequence, max_total_tokens: int) -> tuple[FinishReason
     if sequence.num_tokens >= max_total_tokens:
         return FinishReason.LENGTH, None
     return None
+
+
+def _remember(prefix_cache: PrefixCache, step: ScheduledStep) -> None:
+    """Has the blocks remembered that this step made full.
+
+    Only now, that it has run, is it known that they hold what they should. A sequence that lost its blocks meanwhile has
+    none to remember. Of a decode row every token it had was computed, and the newest by this step.
+    """
+    for chunk in step.prefill:
+        if chunk.sequence.block_ids:
+            prefix_cache.remember(chunk.sequence, chunk.start, chunk.stop)
+    for sequence in step.decode:
+        if sequence.block_ids:
+            prefix_cache.remember(sequence, sequence.num_tokens - 1, sequence.num_tokens)

@@ -18,6 +18,7 @@ class AllocatorMachine(RuleBasedStateMachine):
         self.allocator = BlockAllocator(2)
         self.num_blocks = 2
         self.holders: list[list[int]] = []
+        self.content: dict[int, bytes] = {}  # what was last remembered in a block
 
     @initialize(num_blocks=st.integers(2, 20))
     def make(self, num_blocks: int) -> None:
@@ -36,9 +37,37 @@ class AllocatorMachine(RuleBasedStateMachine):
                 self.allocator.allocate(n)
             assert self.allocator.num_free == num_free
             return
+        empty = self.num_blocks - 1 - len({*self.lent, *self.content})
         block_ids = self.allocator.allocate(n)
         assert len(block_ids) == n
+        assert not set(block_ids) & set(self.lent)
+        for block in block_ids:
+            self.content.pop(block, None)
+        if n <= empty:
+            assert all(self.allocator.find(key) == block for block, key in self.content.items())
         self.holders.append(block_ids)
+
+    @precondition(lambda self: self.lent)
+    @rule(data=st.data(), key=st.binary(min_size=1, max_size=1))
+    def remember(self, data: st.DataObject, key: bytes) -> None:
+        block = data.draw(st.sampled_from(self.lent))
+        self.allocator.remember(block, key)
+        if key not in self.content.values():
+            self.content.setdefault(block, key)
+
+    @precondition(lambda self: self.content)
+    @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        blocks = data.draw(st.lists(st.sampled_from(sorted(self.content)), unique=True))
+        num_free, num_idle = self.allocator.num_free, self.allocator.num_idle(blocks)
+        self.allocator.share(blocks)
+        assert self.allocator.num_free == num_free - num_idle
+        self.holders.append(blocks)
+
+    @rule()
+    def forget(self) -> None:
+        self.allocator.forget()
+        self.content.clear()
 
     @precondition(lambda self: self.holders)
     @rule(data=st.data())
@@ -61,9 +90,10 @@ class AllocatorMachine(RuleBasedStateMachine):
     @invariant()
     def nothing_is_lost_doubled_or_scratch(self) -> None:
         lent = self.lent
-        assert len(set(lent)) == len(lent)
         assert all(0 < block < self.num_blocks for block in lent)
-        assert self.allocator.num_free + len(lent) == self.allocator.num_total
+        assert self.allocator.num_free + len(set(lent)) == self.allocator.num_total
+        assert self.allocator.num_remembered == len(self.content)
+        assert all(self.allocator.find(key) == block for block, key in self.content.items())
         assert self.allocator.num_total == self.num_blocks - 1
         self.allocator.check_integrity(lent)
 
@@ -117,7 +147,7 @@ def test_integrity_finds_lost_doubled_and_foreign_blocks() -> None:
     allocator.check_integrity([second, first])
     for lent, words in [
         ([first], f"block {second} is lost"),
-        ([first, second, first], f"block {first} is held twice"),
+        ([first, second, first], f"block {first} is held by 2, and was lent to 1"),
         ([first, second, 3], "block 3 is held by a sequence: it is free already"),
         ([first, second, 0], "block 0 is held by a sequence: it is the scratch block"),
         ([first, second, 4], "block 4 is held by a sequence: the pool has blocks 1 to 3"),
@@ -133,3 +163,53 @@ def test_integrity_finds_a_broken_free_list(free: list[int]) -> None:
     allocator._free[:] = free
     with pytest.raises(BlockOwnershipError):
         allocator.check_integrity()
+
+
+def test_a_remembered_block_is_found_shared_and_evicted_last() -> None:
+    allocator = BlockAllocator(5)
+    held = allocator.allocate(3)
+    for block, key in zip(held, (b"a", b"ab", b"abc"), strict=True):
+        allocator.remember(block, key)
+    allocator.free(held)
+    assert allocator.num_free == 4
+    assert [allocator.find(key) for key in (b"a", b"ab", b"abc", b"x")] == [*held, None]
+    assert allocator.num_idle(held) == 3
+    allocator.share(held[:1])
+    assert allocator.num_free == 3
+    # the empty one first, then the end of the prefix, which is worth least
+    assert allocator.allocate(2) == [4, held[2]]
+    assert allocator.find(b"abc") is None
+    assert allocator.find(b"ab") == held[1]
+    allocator.check_integrity([held[0], 4, held[2]])
+
+
+def test_content_known_already_is_not_remembered_twice() -> None:
+    allocator = BlockAllocator(4)
+    first, second = allocator.allocate(2)
+    allocator.remember(first, b"same")
+    allocator.remember(second, b"same")
+    assert allocator.find(b"same") == first
+    assert allocator.num_remembered == 1
+
+
+def test_only_lent_blocks_are_remembered_and_only_remembered_ones_shared() -> None:
+    allocator = BlockAllocator(4)
+    (held,) = allocator.allocate(1)
+    with pytest.raises(BlockOwnershipError, match="block 2 cannot be remembered: it is free already"):
+        allocator.remember(2, b"k")
+    with pytest.raises(BlockOwnershipError, match=f"block {held} cannot be shared"):
+        allocator.share([held])
+
+
+def test_a_block_of_two_holders_is_free_after_both() -> None:
+    allocator = BlockAllocator(3)
+    (block,) = allocator.allocate(1)
+    allocator.remember(block, b"k")
+    allocator.share([block])
+    allocator.check_integrity([block, block])
+    with pytest.raises(BlockOwnershipError, match="block 1 is held by 1, and was lent to 2"):
+        allocator.check_integrity([block])
+    allocator.free([block])
+    assert allocator.num_free == 1
+    allocator.free([block])
+    assert allocator.num_free == 2

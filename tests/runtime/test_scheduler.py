@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import abc
 from dataclasses import replace
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 
 from multibatch.errors import ConfigError, RequestError
 from multibatch.kv.allocator import BlockAllocator
+from multibatch.kv.prefix import PrefixCache
+from multibatch.policies.base import Load, Policies
 from multibatch.request import FinishReason, Request, Sequence, SequenceStatus
 from multibatch.sampling_params import SamplingParams
 from multibatch.scheduler import PrefillChunk, ScheduledStep, Scheduler, SchedulerConfig
@@ -350,3 +353,159 @@ def test_what_the_whole_pool_cannot_hold_is_refused() -> None:
 def test_limits_are_checked(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name):
         replace(CONFIG, **{name: value})
+
+
+PRIORITY = replace(CONFIG, queue_policy="priority", priority_patience=None)
+
+
+def with_priority(name: str, priority: int, num_prompt: int = 4) -> Sequence:
+    sequence = make_sequence(name, num_prompt)
+    sequence.request = replace(sequence.request, priority=priority)
+    return sequence
+
+
+def test_an_unknown_queue_policy_is_refused() -> None:
+    with pytest.raises(ConfigError, match="queue policy 'lifo'; choose one of fcfs, priority"):
+        replace(CONFIG, queue_policy="lifo")  # type: ignore[arg-type]
+
+
+def test_the_lower_priority_number_goes_first_and_equals_by_arrival() -> None:
+    config = replace(PRIORITY, max_num_seqs=3)
+    late = [with_priority(name, priority) for name, priority in [("a", 1), ("b", 0), ("c", 1), ("d", -1)]]
+    scheduler = make_scheduler(*late, config=config)
+    assert chunks(run_step(scheduler)) == [("d", 0, 4), ("b", 0, 4), ("a", 0, 4)]
+
+
+def test_a_more_urgent_request_pauses_the_least_urgent_one() -> None:
+    config = replace(PRIORITY, max_num_seqs=2)
+    scheduler = make_scheduler(with_priority("a", 1), with_priority("b", 2), config=config)
+    run_step(scheduler)
+    scheduler.add(with_priority("c", 0))
+    step = run_step(scheduler)
+    assert (names(step.preempted), names(step.decode), chunks(step)) == (["b"], ["a"], [("c", 0, 4)])
+    assert names(list(scheduler.waiting)) == ["b"]
+
+
+def test_nobody_is_paused_for_an_equal_or_for_one_that_would_not_fit_anyway() -> None:
+    scheduler = make_scheduler(
+        with_priority("a", 0, 12), with_priority("b", 2, 4), num_blocks=1 + 7, config=replace(PRIORITY, max_num_seqs=2)
+    )
+    run_step(scheduler)
+    scheduler.add(with_priority("c", 1, 20))  # 6 blocks; a keeps 4 of the 7
+    scheduler.add(with_priority("d", 2, 4))
+    assert names(run_step(scheduler).preempted) == []
+
+
+def test_with_patience_urgent_requests_pass_for_so_many_steps_only() -> None:
+    def first_step_of_the_patient(patience: int | None) -> int | None:
+        config = replace(PRIORITY, max_num_seqs=1, priority_patience=patience)
+        scheduler = make_scheduler(with_priority("patient", 1), config=config)
+        scheduler.add(with_priority("urgent 0", 0))
+        for number in range(1, 200):
+            step = run_step(scheduler)
+            if "patient" in names(step.sequences):
+                return number
+            scheduler.add(with_priority(f"urgent {number}", 0))
+        return None
+
+    assert first_step_of_the_patient(None) is None
+    found = first_step_of_the_patient(10)
+    # the urgent ones that came in 10 steps, 8 steps each but two, are served first, and no more
+    assert found is not None
+    assert found > 10
+
+
+def test_limits_cap_admission_and_hear_of_steps_and_ends() -> None:
+    class Two:
+        heard: list[object]
+
+        def __init__(self) -> None:
+            self.heard = []
+
+        def limit(self, load: Load) -> int:
+            self.load = load
+            return 2
+
+        def step_done(self, num_decoding: int, ms: float) -> None:
+            self.heard.append((num_decoding, ms))
+
+        def sequence_done(self, num_blocks: int) -> None:
+            self.heard.append(num_blocks)
+
+    two = Two()
+    scheduler = Scheduler(CONFIG, BlockAllocator(64), policies=Policies(limits=(two,)))
+    for name in "abc":
+        scheduler.add(make_sequence(name, params=SamplingParams(max_tokens=2)))
+    scheduler.step_done(run_step(scheduler), 1.5)
+    assert names(list(scheduler.running)) == ["a", "b"]
+    scheduler.step_done(run_step(scheduler), 2.5)
+    assert two.heard == [(0, 1.5), 2, 2, (2, 2.5)]
+    expected = Load(
+        num_waiting=1, num_running=2, num_decoding=2, num_held_blocks=4, num_total_blocks=63, declared_blocks=6
+    )
+    assert two.load == expected
+
+
+def test_a_step_budget_of_nothing_leaves_prompts_waiting_while_others_decode() -> None:
+    class Nothing:
+        def refine(self, budget: int, context_lens: abc.Sequence[int]) -> int:
+            self.context_lens = list(context_lens)
+            return 0 if context_lens else budget
+
+    nothing = Nothing()
+    scheduler = Scheduler(CONFIG, BlockAllocator(64), policies=Policies(step_budget=nothing))
+    scheduler.add(make_sequence("a", params=SamplingParams(max_tokens=3)))
+    run_step(scheduler)
+    scheduler.add(make_sequence("b"))
+    for length in (5, 6):
+        step = run_step(scheduler)
+        assert (names(step.decode), chunks(step), nothing.context_lens) == (["a"], [], [length])
+    assert chunks(run_step(scheduler)) == [("b", 0, 4)]
+
+
+def test_cached_blocks_are_shared_and_counted() -> None:
+    allocator = BlockAllocator(64)
+    cache = PrefixCache(allocator, CONFIG.block_size)
+    scheduler = Scheduler(CONFIG, allocator, cache)
+    scheduler.add(make_sequence("a", 9))
+    run_step(scheduler)
+    scheduler.add(make_sequence("b", 9))
+    scheduler.add(make_sequence("c", 8))
+    skipping = SamplingParams(max_tokens=8, skip_reading_prefix_cache=True)
+    scheduler.add(make_sequence("d", 6, skipping))
+    # of c's two blocks one is computed again, because the logits of its last token are wanted
+    assert chunks(run_step(scheduler)) == [("b", 8, 9), ("c", 4, 8), ("d", 0, 6)]
+    a, b, c, d = scheduler.running
+    assert a.block_ids[:2] == b.block_ids[:2]
+    assert a.block_ids[:1] == c.block_ids[:1]
+    assert d.block_ids[0] != a.block_ids[0]
+    assert [sequence.num_cached_tokens for sequence in (a, b, c, d)] == [0, 8, 4, 0]
+    assert (cache.stats.queries, cache.stats.hits) == (9 + 9 + 8 + 6, 12)
+
+
+def test_a_salt_keeps_prefixes_apart() -> None:
+    allocator = BlockAllocator(64)
+    scheduler = Scheduler(CONFIG, allocator, PrefixCache(allocator, CONFIG.block_size))
+    for name, salt in [("a", None), ("b", "s"), ("c", "t"), ("d", "s")]:
+        sequence = make_sequence(name, 9)
+        sequence.request = replace(sequence.request, cache_salt=salt)
+        scheduler.add(sequence)
+        run_step(scheduler)
+    assert [sequence.num_cached_tokens for sequence in scheduler.running] == [0, 0, 0, 8]
+
+
+def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
+    allocator = BlockAllocator(1 + 7)
+    scheduler = Scheduler(CONFIG, allocator, PrefixCache(allocator, CONFIG.block_size))
+    for name in "ab":
+        sequence = make_sequence(name, 11)
+        sequence.token_ids = [ord(name)] * 11
+        sequence.request = replace(sequence.request, prompt_token_ids=tuple(sequence.token_ids))
+        scheduler.add(sequence)
+    while "b" not in names(run_step(scheduler).preempted):
+        assert scheduler.has_unfinished
+    while "b" in names(list(scheduler.waiting)):
+        run_step(scheduler)
+    (b,) = (sequence for sequence in scheduler.running if sequence.request_id == "b")
+    assert b.num_computed_tokens > 0
+    assert b.num_cached_tokens == 0  # of its first admission

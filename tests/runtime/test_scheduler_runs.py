@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from multibatch.errors import RequestError
 from multibatch.kv.allocator import BlockAllocator
 from multibatch.kv.block_table import blocks_for, slots_of
+from multibatch.kv.prefix import PrefixCache
 from multibatch.request import FinishReason, Request, Sequence
 from multibatch.sampling_params import SamplingParams
 from multibatch.scheduler import ScheduledStep, Scheduler, SchedulerConfig
@@ -27,6 +28,9 @@ class Arrival:
     num_prompt: int
     params: SamplingParams
     abort_tick: int | None = None
+    num_shared: int = 24
+    """Prompts are alike up to here, and each its own behind."""
+    priority: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Trace:
     num_blocks: int
     arrivals: tuple[Arrival, ...]
     failing_ticks: tuple[int, ...] = ()
+    prefix_caching: bool = False
 
 
 @dataclass
@@ -48,8 +53,11 @@ class Outcome:
 def make_sequence(name: str, arrival: Arrival) -> Sequence:
     request = Request(
         request_id=name,
-        prompt_token_ids=tuple(range(1, arrival.num_prompt + 1)),
+        prompt_token_ids=tuple(
+            p + 1 if p < arrival.num_shared else 100 * (1 + int(name)) + p for p in range(arrival.num_prompt)
+        ),
         params=arrival.params,
+        priority=arrival.priority,
         seed=0,
         eos_token_ids=(EOS,),
     )
@@ -82,11 +90,11 @@ def expected_tokens(sequence: Sequence, max_seq_len: int) -> list[int]:
 
 
 class Device:
-    """Computes steps as they are launched; each token has to find all before it in the pool."""
+    """Computes steps as they are launched; each token has to find all before it in the pool, whoever put them there."""
 
     def __init__(self, block_size: int) -> None:
         self.block_size = block_size
-        self.pool: dict[int, tuple[str, int]] = {}
+        self.pool: dict[int, tuple[int, ...]] = {}
 
     def run(self, step: ScheduledStep) -> list[int]:
         for chunk in step.prefill:
@@ -97,14 +105,15 @@ class Device:
         return [token_at(seq.request_id, seq.num_computed_tokens) for seq in step.sampled]
 
     def _compute(self, sequence: Sequence, start: int, stop: int) -> None:
-        name = sequence.request_id
+        prompt = sequence.request.prompt_token_ids
+        tokens = (*prompt, *(token_at(sequence.request_id, p) for p in range(len(prompt), stop)))
         slots = slots_of(sequence.block_ids, 0, stop, self.block_size)
         for position in range(start, stop):
-            self.pool[slots[position]] = (name, position)
-        assert [self.pool.get(slot) for slot in slots] == [(name, p) for p in range(stop)]
+            self.pool[slots[position]] = tokens[: position + 1]
+        assert [self.pool.get(slot) for slot in slots] == [tokens[: p + 1] for p in range(stop)]
 
 
-def check_step(scheduler: Scheduler, step: ScheduledStep, config: SchedulerConfig) -> None:
+def check_step(scheduler: Scheduler, step: ScheduledStep, config: SchedulerConfig, *, sharing: bool) -> None:
     everyone = [*step.sequences, *step.preempted]
     assert len({id(sequence) for sequence in everyone}) == len(everyone)
     assert len(step.decode) <= config.max_num_seqs
@@ -113,11 +122,13 @@ def check_step(scheduler: Scheduler, step: ScheduledStep, config: SchedulerConfi
     assert len(step.prefill) <= config.max_prefill_rows
     assert all(chunk.num_tokens >= 1 for chunk in step.prefill)
     held = [block for sequence in scheduler.running for block in sequence.block_ids]
-    assert len(set(held)) == len(held)
+    assert sharing or len(set(held)) == len(held)
     assert 0 not in held
     assert not any(sequence.block_ids for sequence in scheduler.waiting)
-    order = [int(seq.request_id) for seq in (*scheduler.running, *scheduler.waiting)]
-    assert order == sorted(order)
+    running, waiting = ([seq.order for seq in queue] for queue in (scheduler.running, scheduler.waiting))
+    assert running == sorted(running)
+    assert waiting == sorted(waiting)
+    assert config.queue_policy == "priority" or [*running, *waiting] == sorted([*running, *waiting])
     scheduler.check_integrity()
 
 
@@ -152,7 +163,9 @@ def collect(scheduler: Scheduler, trace: Trace, tick: int, step: ScheduledStep, 
 def simulate(trace: Trace, *, ahead: bool = False) -> Outcome:
     """Runs a trace to its end, each step collected at once or, `ahead`, after the next launch."""
     config, outcome, device = trace.config, Outcome(), Device(trace.config.block_size)
-    scheduler = Scheduler(config, BlockAllocator(trace.num_blocks))
+    allocator = BlockAllocator(trace.num_blocks)
+    prefix_cache = PrefixCache(allocator, config.block_size) if trace.prefix_caching else None
+    scheduler = Scheduler(config, allocator, prefix_cache)
     launched: list[tuple[int, ScheduledStep, list[int]]] = []
     last_arrival = max(arrival.tick for arrival in trace.arrivals)
     tick = 0
@@ -162,12 +175,13 @@ def simulate(trace: Trace, *, ahead: bool = False) -> Outcome:
         had_work = scheduler.has_unfinished
         decoding = [s for s in scheduler.running if s.num_tokens - s.num_computed_tokens == 1]
         step = scheduler.schedule()
-        check_step(scheduler, step, config)
+        check_step(scheduler, step, config, sharing=trace.prefix_caching)
         if had_work and not ahead:
             check_nobody_starves(scheduler, decoding, step)
         for chunk in step.prefill:
-            if chunk.start == 0 and chunk.sequence.num_preemptions == 0:
-                outcome.admitted.append(chunk.sequence.request_id)
+            name = chunk.sequence.request_id
+            if chunk.sequence.num_preemptions == 0 and name not in outcome.admitted:
+                outcome.admitted.append(name)
         outcome.batches.append((chunks(step), names(step.decode), names(step.preempted)))
         launched.append((tick, step, device.run(step)))
         num_kept = 1 if ahead and not step.is_empty else 0
@@ -177,6 +191,7 @@ def simulate(trace: Trace, *, ahead: bool = False) -> Outcome:
     assert not scheduler.running
     assert not scheduler.waiting
     scheduler.check_integrity()
+    assert allocator.num_free == allocator.num_total
     return outcome
 
 
@@ -200,6 +215,8 @@ def traces(draw: st.DrawFn, *, disturbed: bool = True) -> Trace:
         block_size=draw(st.integers(1, 5)),
         max_prefill_tokens=draw(st.integers(1, 12)),
         max_prefill_rows=draw(st.integers(1, 4)),
+        queue_policy=draw(st.sampled_from(["fcfs", "fcfs", "priority"])),
+        priority_patience=draw(st.none() | st.integers(1, 5)),
     )
     least = blocks_for(config.max_seq_len, config.block_size)
     arrival = st.builds(
@@ -208,6 +225,8 @@ def traces(draw: st.DrawFn, *, disturbed: bool = True) -> Trace:
         num_prompt=st.integers(1, config.max_seq_len),
         params=sampling(),
         abort_tick=st.none() | st.integers(0, 40) if disturbed else st.none(),
+        num_shared=st.integers(0, config.max_seq_len),
+        priority=st.integers(-2, 2),
     )
     arrivals = draw(st.lists(arrival, min_size=1, max_size=8))
     return Trace(
@@ -215,6 +234,7 @@ def traces(draw: st.DrawFn, *, disturbed: bool = True) -> Trace:
         num_blocks=1 + least + draw(st.integers(-(least - 1), 6)),
         arrivals=tuple(sorted(arrivals, key=lambda a: a.tick)),
         failing_ticks=tuple(draw(st.lists(st.integers(0, 30), max_size=2)) if disturbed else ()),
+        prefix_caching=draw(st.booleans()),
     )
 
 
@@ -233,7 +253,8 @@ def test_every_request_gets_exactly_its_tokens(trace: Trace, ahead: bool) -> Non
     outcome = simulate(trace, ahead=ahead)
     fitting = [str(n) for n, arrival in enumerate(trace.arrivals) if fits_alone(trace, arrival)]
     assert list(outcome.sequences) == fitting
-    assert outcome.admitted == fitting  # first come, first served
+    assert sorted(outcome.admitted, key=int) == fitting
+    assert trace.config.queue_policy == "priority" or outcome.admitted == fitting  # first come, first served
     for sequence in outcome.sequences.values():
         assert sequence.output_token_ids == expected_tokens(sequence, trace.config.max_seq_len)
         assert sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH)
@@ -243,7 +264,8 @@ def test_every_request_gets_exactly_its_tokens(trace: Trace, ahead: bool) -> Non
 @given(trace=traces(), ahead=st.booleans())
 def test_aborts_and_failed_steps_harm_nobody_else(trace: Trace, ahead: bool) -> None:
     outcome = simulate(trace, ahead=ahead)
-    assert outcome.admitted == sorted(outcome.admitted, key=int)
+    in_order = outcome.admitted == sorted(outcome.admitted, key=int)
+    assert in_order or trace.config.queue_policy == "priority"
     for name, sequence in outcome.sequences.items():
         expected = expected_tokens(sequence, trace.config.max_seq_len)
         if sequence.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
@@ -271,3 +293,16 @@ def test_the_simulation_meets_preemption_and_shared_prefill() -> None:
         outcome = simulate(Trace(config, 1 + 14, arrivals), ahead=ahead)
         assert any(sequence.num_preemptions for sequence in outcome.sequences.values())
         assert all(sequence.num_output_tokens == 12 for sequence in outcome.sequences.values())
+
+
+def test_the_simulation_meets_shared_blocks_and_eviction() -> None:
+    config = SchedulerConfig(max_num_seqs=2, max_seq_len=24, block_size=2, max_prefill_tokens=8, max_prefill_rows=3)
+    params = SamplingParams(max_tokens=4, ignore_eos=True)
+    arrivals = tuple(
+        Arrival(tick=3 * n, num_prompt=10, params=params, num_shared=24 if n % 2 else 6) for n in range(12)
+    )
+    outcome = simulate(Trace(config, 1 + 16, arrivals, prefix_caching=True))
+    cached = [sequence.num_cached_tokens for sequence in outcome.sequences.values()]
+    assert cached[0] == 0
+    assert 6 in cached  # what all share
+    assert 8 in cached  # all but the block with the newest token

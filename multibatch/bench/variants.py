@@ -1,4 +1,7 @@
-"""Measures an artifact: the ladder against its baselines on the same requests, in turn, in one run."""
+"""Measures an artifact: the ladder against its baselines on the same requests, in turn, in one run.
+
+Without the prefix cache, since every run sends the same prompts.
+"""
 
 from __future__ import annotations
 
@@ -100,11 +103,15 @@ def _variants(
     artifact: Artifact, prompts: list[tuple[int, ...]], output_len: int, reference: Any
 ) -> dict[str, Callable[[], dict[str, float]]]:
     programs = load_programs(artifact)
-    policies = {"ladder": "nearest", "pad_to_max": "pad_to_max"}
+    policies = {"ladder": "cheapest", "nearest": "nearest", "pad_to_max": "pad_to_max"}
     if 1 in artifact.manifest.decoder_batch_sizes:
         policies["batch_1"] = "one_by_one"
     served = {
-        name: _Serve(Engine(artifact, EngineConfig(selector_policy=policy), programs), prompts, output_len)
+        name: _Serve(
+            Engine(artifact, EngineConfig(selector_policy=policy, enable_prefix_caching=False), programs),
+            prompts,
+            output_len,
+        )
         for name, policy in policies.items()
     }
     # The first run touches every page of the weights and of the pool; no variant should pay for that alone.
@@ -115,7 +122,7 @@ def _variants(
     if reference is not None:
         own_attention = reference.config._attn_implementation
         eager = EagerPrograms(FlatDecoder(reference, REFERENCE_ATTENTION))
-        engine = Engine(artifact, EngineConfig(), eager)
+        engine = Engine(artifact, EngineConfig(enable_prefix_caching=False), eager)
 
         def run_eager() -> dict[str, float]:
             reference.set_attn_implementation(REFERENCE_ATTENTION)

@@ -1,0 +1,113 @@
+"""Sends a load to the engine on the wall clock, and notes when each token comes."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from multibatch.artifact import Artifact
+from multibatch.backends.base import LoadedPrograms
+from multibatch.config import EngineConfig
+from multibatch.engine import Engine
+from multibatch.sampler import SampledRows
+from multibatch.sampling_params import RequestOutputKind, SamplingParams
+from multibatch.scheduled_step import ScheduledStep
+from multibatch.trace import RequestTimes, TraceRequest
+
+
+class ScriptedEngine(Engine):
+    """An engine whose requests end when the load says, and not when the model does.
+
+    Everything is computed and sampled as ever; only the last token of each request is changed to one that stops it. So
+    what a request declares as its longest output may be longer than what it gives, as it is in life.
+    """
+
+    def __init__(self, artifact: Artifact, config: EngineConfig, programs: LoadedPrograms | None = None) -> None:
+        super().__init__(artifact, config, programs)
+        self.output_lengths: dict[str, int] = {}
+        """By request id: tokens after which it ends."""
+
+    def compute(self, step: ScheduledStep) -> SampledRows:
+        """See `Engine.compute`."""
+        sampled = super().compute(step)
+        ids = [
+            STOP if sequence.num_output_tokens + 1 == self.output_lengths[sequence.request_id] else token or STOP + 1
+            for sequence, token in zip(step.sampled, sampled.token_ids, strict=True)
+        ]
+        return dataclasses.replace(sampled, token_ids=ids)
+
+
+STOP = 0
+"""Ends a scripted request; where the model draws it earlier, the id is changed to the next."""
+
+
+def run_load(
+    engine: ScriptedEngine,
+    trace: Sequence[TraceRequest],
+    *,
+    max_concurrency: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+    sleep: Callable[[float], Any] = time.sleep,
+) -> list[RequestTimes]:
+    """Sends every request at its time, with random token ids of its own.
+
+    Args:
+        engine: idle.
+        trace: what to send, by time of arrival.
+        max_concurrency: requests in the engine at once; others wait outside, and their time counts.
+        temperature: of every request.
+        seed: of the token ids and the sampling.
+        clock: seconds.
+        sleep: waits so many seconds.
+
+    Returns:
+        One for each request, in the order of the trace. A request whose step failed has an `error`.
+    """
+    rng, vocabulary = random.Random(seed), engine.manifest.model.vocab_size
+    prompts = [[rng.randrange(vocabulary) for _ in range(request.input_length)] for request in trace]
+    times = [RequestTimes(request.timestamp) for request in trace]
+    arriving, start, num_inside = deque(enumerate(trace)), clock(), 0
+    while arriving or engine.has_unfinished:
+        now = clock() - start
+        if not engine.has_unfinished and arriving[0][1].timestamp > now:
+            sleep(arriving[0][1].timestamp - now)
+            continue
+        while arriving and arriving[0][1].timestamp <= now and num_inside < (max_concurrency or len(trace)):
+            number, request = arriving.popleft()
+            engine.output_lengths[str(number)] = request.output_length
+            params = _params(request, temperature, seed + number)
+            engine.add_request(str(number), prompts[number], params, priority=request.priority)
+            num_inside += 1
+        outputs = engine.step()
+        now = clock() - start
+        for output in outputs:
+            entry = times[int(output.request_id)]
+            entry.tokens += [now] * len(output.outputs[0].token_ids)
+            m = output.metrics
+            if m is not None:
+                entry.num_preemptions = m.num_preemptions
+                if entry.scheduled is None and m.first_token_ts is not None and m.scheduled_ts is not None:
+                    entry.scheduled = now - (m.first_token_ts - m.scheduled_ts)
+            if output.finished:
+                num_inside -= 1
+                if output.outputs[0].finish_reason == "error":
+                    entry.error = str(engine.failure)
+    return times
+
+
+def _params(request: TraceRequest, temperature: float, seed: int) -> SamplingParams:
+    return SamplingParams(
+        temperature=temperature,
+        seed=seed,
+        max_tokens=request.max_tokens or request.output_length,
+        ignore_eos=True,
+        stop_token_ids=[STOP],
+        detokenize=False,
+        output_kind=RequestOutputKind.DELTA,
+    )

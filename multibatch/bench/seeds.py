@@ -1,0 +1,103 @@
+"""One at a time, fixed groups, and continuous batching on the same 32 requests: what batching is worth.
+
+The comparison of the projects that multibatch grew from, with their columns: TTFT, prefill_ms, decode_ms, latency and its
+50th and 95th percentiles, tokens per second.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from multibatch.artifact import Artifact
+from multibatch.bench.load import ScriptedEngine, run_load
+from multibatch.config import EngineConfig
+from multibatch.engine import load_programs
+from multibatch.trace import RequestTimes, TraceRequest, make_trace, percentile
+
+COLUMNS = (
+    "scheduler",
+    "batch_size",
+    "tokens_per_s",
+    "ttft_ms",
+    "prefill_ms",
+    "decode_ms",
+    "latency_ms",
+    "latency_p50_ms",
+    "latency_p95_ms",
+)
+
+
+def run_seeds(
+    artifact: Artifact,
+    *,
+    batch_sizes: Sequence[int],
+    num_requests: int = 32,
+    input_len: int = 128,
+    output_len: int = 64,
+    repeats: int = 3,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """All requests are there from the start; their lengths are drawn from half to one and a half times the means.
+
+    static: groups of batch_size in the order of arrival, the next when the longest of the group has ended; continuous: at
+    most batch_size run, and one that ends makes room at once. Each row is the median run by tokens per second.
+
+    Returns:
+        A row of COLUMNS for each scheduler and batch size; static with 1 is the baseline.
+    """
+    load: dict[str, Any] = {"request_rate": float("inf"), "input_len": input_len, "output_len": output_len}
+    trace = make_trace(num_requests, **load, lengths="uniform", seed=seed)
+    programs = load_programs(artifact)
+    cases = [("static", size) for size in batch_sizes] + [("continuous", size) for size in batch_sizes if size > 1]
+    runs: dict[tuple[str, int], list[dict[str, Any]]] = {case: [] for case in cases}
+    for _ in range(repeats):
+        for scheduler, size in cases:
+            engine = ScriptedEngine(artifact, EngineConfig(max_num_seqs=size, enable_prefix_caching=False), programs)
+            groups = [trace[i : i + size] for i in range(0, len(trace), size)] if scheduler == "static" else [trace]
+            runs[scheduler, size].append(_row(scheduler, size, _run_groups(engine, groups)))
+    return [_median_run(rows) for rows in runs.values()]
+
+
+def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """The rows as a table for other programs."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _run_groups(engine: ScriptedEngine, groups: Sequence[Sequence[TraceRequest]]) -> list[RequestTimes]:
+    """Group after group; a request's time runs from the start of the first."""
+    everything: list[RequestTimes] = []
+    start = 0.0
+    for group in groups:
+        times = run_load(engine, group)
+        end = max(t.tokens[-1] for t in times)
+        everything += [RequestTimes(0.0, [start + at for at in t.tokens], start + (t.scheduled or 0.0)) for t in times]
+        start += end
+    return everything
+
+
+def _row(scheduler: str, batch_size: int, times: Sequence[RequestTimes]) -> dict[str, Any]:
+    latencies = [t.tokens[-1] * 1000 for t in times]
+    num_tokens = sum(len(t.tokens) for t in times)
+    first = fmean(t.tokens[0] for t in times) * 1000
+    return {
+        "scheduler": scheduler,
+        "batch_size": batch_size,
+        "tokens_per_s": num_tokens / max(t.tokens[-1] for t in times),
+        "ttft_ms": first,
+        "prefill_ms": first - fmean(t.scheduled or 0.0 for t in times) * 1000,
+        "decode_ms": fmean(t.tokens[-1] - t.tokens[0] for t in times) * 1000,
+        "latency_ms": fmean(latencies),
+        "latency_p50_ms": percentile(latencies, 50),
+        "latency_p95_ms": percentile(latencies, 95),
+    }
+
+
+def _median_run(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return sorted(rows, key=lambda row: row["tokens_per_s"])[len(rows) // 2]

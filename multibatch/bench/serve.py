@@ -1,0 +1,100 @@
+"""A load on the engine, in this process: `vllm bench serve` without the server; beside it what the simulator predicts."""
+
+from __future__ import annotations
+
+import dataclasses
+import datetime
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from multibatch.artifact import Artifact
+from multibatch.backends.base import LoadedPrograms
+from multibatch.bench.load import ScriptedEngine, run_load
+from multibatch.config import EngineConfig
+from multibatch.errors import ConfigError
+from multibatch.policies.build import build_policies
+from multibatch.simulator import simulate
+from multibatch.trace import TraceRequest, summarise_times
+
+COMPARED = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms")
+"""What a prediction is judged by."""
+
+
+def run_serve(
+    artifact: Artifact,
+    trace: Sequence[TraceRequest],
+    config: EngineConfig,
+    *,
+    programs: LoadedPrograms | None = None,
+    max_concurrency: int | None = None,
+    goodput: Mapping[str, float] | None = None,
+    predict: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Sends a load and gives the figures of `vllm bench serve`.
+
+    Args:
+        artifact: what serves.
+        trace: what is sent.
+        config: of the engine.
+        programs: of the artifact, if they are loaded already.
+        max_concurrency: requests in the engine at once.
+        goodput: as in `summarise_times`.
+        predict: also simulates the same load with the artifact's cost table.
+        seed: of the token ids.
+
+    Raises:
+        ConfigError: `predict` without a cost table.
+    """
+    engine = ScriptedEngine(artifact, config, programs)
+    _warm_up(engine)
+    figures = summarise_times(trace, run_load(engine, trace, max_concurrency=max_concurrency, seed=seed), goodput)
+    record = {
+        "date": datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S"),
+        "backend": "multibatch",
+        "model_id": artifact.manifest.model.id,
+        "max_concurrency": max_concurrency,
+        **figures,
+    }
+    if predict:
+        predicted = predict_serve(artifact, trace, config, engine=engine, goodput=goodput)
+        record["predicted"] = predicted
+        record["predicted_over_measured"] = {
+            name: predicted[name] / figures[name] for name in COMPARED if figures[name]
+        }
+    return record
+
+
+def predict_serve(
+    artifact: Artifact,
+    trace: Sequence[TraceRequest],
+    config: EngineConfig,
+    *,
+    engine: ScriptedEngine,
+    goodput: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """The figures that the simulator gives for the load on this engine.
+
+    Raises:
+        ConfigError: the artifact has no cost table.
+    """
+    table = artifact.cost_table()
+    if table is None:
+        raise ConfigError("the artifact has no cost table to predict with; run multibatch calibrate on it first")
+    policies = build_policies(config, engine.max_num_seqs, table)
+    times = simulate(trace, table, engine.limits, engine.pool.num_blocks - 1, policies)
+    return summarise_times(trace, times, goodput)
+
+
+def _warm_up(engine: ScriptedEngine) -> None:
+    """Each size of the ladder once, and a prompt."""
+    most = min(engine.max_num_seqs, engine.pool.num_blocks - 1)
+    warm = TraceRequest(timestamp=0.0, input_length=1, output_length=2)
+    for size in sorted({n for n in engine.manifest.decoder_batch_sizes if n <= most}):
+        run_load(engine, [warm] * size)
+    longest = min(engine.manifest.max_prefill_tokens, engine.max_seq_len - 1)
+    run_load(engine, [dataclasses.replace(warm, input_length=longest, output_length=1)])
+    engine.reset_prefix_cache()
+
+
+__all__ = ["COMPARED", "predict_serve", "run_serve"]

@@ -1,0 +1,148 @@
+"""What a step was measured to cost, by context length, decode rows and prompt tokens; nothing is decided here.
+
+As CSV it has the columns of vllm-ascend's dynamic batch tables: `ctx_len,d_num,chunk_size,cost`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from bisect import bisect_left
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+
+from multibatch.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class CostRow:
+    """One measured step."""
+
+    ctx_len: int
+    """Tokens that each decode row attends to; at most so many."""
+    d_num: int
+    """Decode rows; 0 is a step of prompts alone."""
+    chunk_size: int
+    """Prompt tokens that ride along; 0 is a step of decode rows alone."""
+    cost: float
+    """Milliseconds."""
+
+
+class CostTable:
+    """Measured steps on a grid, looked up and interpolated.
+
+    Steps without decode rows do not depend on ctx_len, and are measured at one of them.
+    """
+
+    def __init__(self, rows: Iterable[CostRow]) -> None:
+        """Takes the rows in any order.
+
+        Raises:
+            ConfigError: there is none, one is measured twice, or a number is not what it may be.
+        """
+        self.rows = tuple(sorted(rows))
+        if not self.rows:
+            raise ConfigError("a cost table without rows; measure one with multibatch calibrate")
+        self._costs: dict[tuple[int, int], dict[int, float]] = {}
+        for row in self.rows:
+            _check(row)
+            chunks = self._costs.setdefault((row.ctx_len, row.d_num), {})
+            if row.chunk_size in chunks:
+                where = f"ctx_len {row.ctx_len}, d_num {row.d_num}, chunk_size {row.chunk_size}"
+                raise ConfigError(f"a cost table with two rows for {where}; each may be there once")
+            chunks[row.chunk_size] = row.cost
+        self.ctx_lens = tuple(sorted({ctx for ctx, d_num in self._costs if d_num}))
+        self.d_nums = tuple(sorted({d_num for _, d_num in self._costs if d_num}))
+
+    @classmethod
+    def from_csv(cls, text: str, source: str = "the cost table") -> CostTable:
+        """Reads `ctx_len,d_num,chunk_size,cost` with a header; further columns are ignored.
+
+        Raises:
+            ConfigError: a column is missing, or a line is not four numbers; names the line.
+        """
+        reader = csv.DictReader(io.StringIO(text))
+        wanted = [field.name for field in fields(CostRow)]
+        missing = [name for name in wanted if name not in (reader.fieldnames or ())]
+        if missing:
+            raise ConfigError(
+                f"{source} has no column {', '.join(missing)}; its first line has to be {','.join(wanted)}"
+            )
+        rows = []
+        for line in reader:
+            try:
+                ctx_len, d_num, chunk_size = (int(line[name]) for name in wanted[:3])
+                rows.append(CostRow(ctx_len, d_num, chunk_size, float(line["cost"])))
+            except (TypeError, ValueError) as error:
+                raise ConfigError(
+                    f"{source}, line {reader.line_num}: {error}; allowed: three ints and a number"
+                ) from error
+        return cls(rows)
+
+    def to_csv(self) -> str:
+        """The table as `from_csv` reads it."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(field.name for field in fields(CostRow))
+        writer.writerows((row.ctx_len, row.d_num, row.chunk_size, row.cost) for row in self.rows)
+        return text.getvalue()
+
+    def largest_chunk(self, ctx_len: float, d_num: int, target_ms: float) -> int | None:
+        """The most prompt tokens that may ride along with d_num >= 1 decode rows inside the target.
+
+        Both are rounded up to what was measured, because a longer context or another row only costs more.
+
+        Returns:
+            A measured chunk_size; None where no measured step is inside, or nothing as large was measured.
+        """
+        ctx_key, d_key = _next_up(self.ctx_lens, ctx_len), _next_up(self.d_nums, d_num)
+        if ctx_key is None or d_key is None:
+            return None
+        chunks = self._costs.get((ctx_key, d_key), {})
+        return max((chunk for chunk, cost in chunks.items() if cost <= target_ms), default=None)
+
+    def predict(self, ctx_len: float, d_num: int, chunk_size: int) -> float:
+        """Milliseconds of a step, linear between what was measured, and along the last two points beyond it.
+
+        Raises:
+            ConfigError: the rows around it are not in the table.
+        """
+        if not d_num:
+            groups = [group for group in self._costs if not group[1]]
+            if not groups:
+                raise ConfigError("the cost table has no steps of prompts alone (d_num 0); calibrate again")
+            return _interpolate(sorted(self._costs[groups[0]].items()), chunk_size)
+        by_rows = []
+        for d_key in self.d_nums:
+            by_ctx = [
+                (ctx, _interpolate(sorted(self._costs[ctx, d_key].items()), chunk_size))
+                for ctx in self.ctx_lens
+                if (ctx, d_key) in self._costs
+            ]
+            by_rows.append((d_key, _interpolate(by_ctx, ctx_len)))
+        return _interpolate(by_rows, d_num)
+
+
+def _interpolate(points: list[tuple[int, float]], x: float) -> float:
+    """The value at x of the line through the two points around it; below the first point, the first's value."""
+    if len(points) == 1 or x <= points[0][0]:
+        return points[0][1]
+    index = min(bisect_left(points, x, key=lambda point: point[0]), len(points) - 1)
+    (x0, y0), (x1, y1) = points[index - 1], points[index]
+    return max(y0 + (y1 - y0) * (x - x0) / (x1 - x0), 0.0)
+
+
+def _next_up(keys: tuple[int, ...], value: float) -> int | None:
+    index = bisect_left(keys, value)
+    return keys[index] if index < len(keys) else None
+
+
+def _check(row: CostRow) -> None:
+    for name, least in {"ctx_len": 0, "d_num": 0, "chunk_size": 0}.items():
+        if getattr(row, name) < least:
+            raise ConfigError(f"a cost table with {name} {getattr(row, name)}; allowed: {least} or more")
+    if not row.d_num and not row.chunk_size:
+        raise ConfigError("a cost table with a step of no decode rows and no prompt tokens; that is no step")
+    if not (math.isfinite(row.cost) and row.cost > 0):
+        raise ConfigError(f"a cost table with a cost of {row.cost} ms; allowed: a finite number above 0")
