@@ -1,6 +1,7 @@
 """Measures what steps cost on this machine, over a grid of context length, decode rows and prompt tokens.
 
-Whole steps are timed as the engine runs them, inputs, program calls and greedy sampling, but for the queues and the text.
+Inputs, program calls and greedy sampling are timed as the engine runs them; what its queues and outputs take by the number of
+rows is timed apart, with an engine that computes nothing, and added. Text is not made.
 """
 
 from __future__ import annotations
@@ -19,8 +20,11 @@ from multibatch.errors import ConfigError
 from multibatch.kv.block_table import blocks_for
 from multibatch.manifest import Manifest
 from multibatch.request import Request, Sequence
+from multibatch.sampler import SampledRows
 from multibatch.sampling_params import SamplingParams
 from multibatch.scheduled_step import PrefillChunk, ScheduledStep
+
+_IDLE_STEPS = 64
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,9 +76,36 @@ def calibrate(
             if turn:  # the first round warms up
                 times[i].append(ms)
             progress(turn * len(points) + i + 1, total)
+    around = _times_around(artifact, sorted({d_num for _, d_num, _ in points}))
     return CostTable(
-        CostRow(*point, round(statistics.median(taken), 4)) for point, taken in zip(points, times, strict=True)
+        CostRow(*point, round(statistics.median(taken) + around[point[1]], 4))
+        for point, taken in zip(points, times, strict=True)
     )
+
+
+class _IdleEngine(Engine):
+    """An engine whose steps compute nothing."""
+
+    def compute(self, step: ScheduledStep) -> SampledRows:
+        """See `Engine.compute`."""
+        return SampledRows([1] * len(step.sampled), [None] * len(step.sampled))
+
+
+def _times_around(artifact: Artifact, d_nums: list[int]) -> dict[int, float]:
+    """Median ms of a step without its computation, by decode rows."""
+    found = {}
+    engine = _IdleEngine(artifact, EngineConfig(enable_prefix_caching=False))
+    params = SamplingParams(max_tokens=_IDLE_STEPS, ignore_eos=True, detokenize=False)
+    for d_num in d_nums:
+        for row in range(max(d_num, 1)):
+            engine.add_request(str(row), [1], params)
+        times = []
+        while engine.has_unfinished:
+            start = time.perf_counter()
+            engine.step()
+            times.append((time.perf_counter() - start) * 1000)
+        found[d_num] = statistics.median(times)
+    return found
 
 
 def _points(engine: Engine, grid: Grid) -> Iterator[tuple[int, int, int]]:

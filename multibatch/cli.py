@@ -63,6 +63,9 @@ def _numbers(_: click.Context, option: click.Parameter, value: str | None) -> tu
         raise ConfigError(f"--{option.name} is {value!r}; allowed: whole numbers with commas between them") from error
 
 
+_MAX_TOKENS = 128
+"""Of `generate`, where nothing else is asked for."""
+
 main.add_command(bench)
 
 
@@ -161,7 +164,7 @@ def verify_command(artifact: Path) -> None:
     type=click.File("r"),
     help='JSON lines in and out: {"prompt": …} or {"prompt_token_ids": […]} or {"messages": […]}, and any sampling parameter.',
 )
-@click.option("--max-tokens", default=128, show_default=True)
+@click.option("--max-tokens", type=int, help="New tokens at most; default: 128, or as many as fit behind the prompt.")
 @click.option("--temperature", default=0.0, show_default=True)
 @click.option("--top-p", default=1.0, show_default=True)
 @click.option("--top-k", default=0, show_default=True)
@@ -183,11 +186,21 @@ def generate_command(artifact: Path, prompt: str | None, chat: bool, prompts_fil
             [{"role": "user", "content": prompt or ""}], None, add_generation_prompt=True
         )
     shown = 0
-    for output in llm.stream(given, SamplingParams(**sampling)):
+    for output in llm.stream(given, SamplingParams(**_with_length(llm, given, sampling))):
         text = output.outputs[0].text
         click.echo(text[shown:], nl=False)
         shown = len(text)
     click.echo()
+
+
+def _with_length(llm: Any, prompt: Any, sampling: dict[str, Any]) -> dict[str, Any]:
+    """The sampling options with the default of max_tokens, where none was given."""
+    if sampling["max_tokens"] is not None:
+        return sampling
+    if isinstance(prompt, dict):
+        prompt = prompt.get("prompt_token_ids", prompt.get("prompt", ""))
+    ids = llm.engine.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    return sampling | {"max_tokens": max(1, min(_MAX_TOKENS, llm.engine.max_seq_len - len(ids)))}
 
 
 def _generate_file(llm: Any, file: Any, sampling: dict[str, Any]) -> None:
@@ -202,11 +215,12 @@ def _generate_file(llm: Any, file: Any, sampling: dict[str, Any]) -> None:
             record = json.loads(line)
             messages = record.pop("messages", None)
             prompt = {k: record.pop(k) for k in ("prompt", "prompt_token_ids") if k in record}
-            params.append(SamplingParams(**{**sampling, **record}))
+            if messages is not None:
+                ids = llm.engine.tokenizer.render_chat(messages, None, add_generation_prompt=True)
+                prompt = {"prompt_token_ids": ids}
+            params.append(SamplingParams(**{**_with_length(llm, prompt, sampling), **record}))
         except (json.JSONDecodeError, AttributeError, TypeError) as error:
             raise RequestError(f"line {number} of the prompts file: {error}; one JSON object per line") from error
-        if messages is not None:
-            prompt = {"prompt_token_ids": llm.engine.tokenizer.render_chat(messages, None, add_generation_prompt=True)}
         prompts.append(prompt)
     for output in llm.generate(prompts, params):
         first = output.outputs[0]

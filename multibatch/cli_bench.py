@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -226,6 +226,19 @@ def _print_serve(result: dict[str, Any]) -> None:
     OUT.print(table)
 
 
+_SEEDS_COLUMNS = {
+    "scheduler": "scheduler",
+    "batch_size": "batch",
+    "tokens_per_s": "tok/s",
+    "ttft_ms": "TTFT",
+    "prefill_ms": "prefill",
+    "decode_ms": "decode",
+    "latency_ms": "latency",
+    "latency_p50_ms": "P50",
+    "latency_p95_ms": "P95",
+}
+
+
 @bench.command("seeds")
 @_ARTIFACT
 @click.option("--batch-sizes", default="1,2,4,8,16", show_default=True)
@@ -240,16 +253,16 @@ def seeds_command(
 ) -> None:
     """Compare one at a time, fixed groups and continuous batching on the same requests."""
     from multibatch.bench.pictures import draw_seeds
-    from multibatch.bench.seeds import COLUMNS, run_seeds, write_csv
+    from multibatch.bench.seeds import run_seeds, write_csv
     from multibatch.ladder import parse_batch_sizes
 
     opened = Artifact.open(artifact)
     rows = run_seeds(opened, batch_sizes=sorted(parse_batch_sizes(batch_sizes)), **options)
-    _print_rows(f"{options['num_requests']} requests at once", rows, COLUMNS)
+    _print_rows(f"{options['num_requests']} requests at once; times in ms", rows, _SEEDS_COLUMNS)
     if csv_file is not None:
         write_csv(rows, csv_file)
     if picture is not None:
-        draw_seeds(rows, f"{opened.manifest.model.id}, {opened.manifest.build.cpu_model}", picture)
+        draw_seeds(rows, _caption(opened), picture)
     _finish({"model_id": opened.manifest.model.id, "rows": rows}, None)
 
 
@@ -278,18 +291,19 @@ def policies_command(artifact: Path, picture: Path | None, output_json: Path | N
         {
             "load": case["load"],
             "policy": case["policy"],
-            "tokens/s": case["measured"]["output_throughput"],
+            "tok/s": case["measured"]["output_throughput"],
             "simulated": case["predicted"]["output_throughput"],
-            "p99 itl ms": case["measured"]["p99_itl_ms"],
+            "p99 itl": case["measured"]["p99_itl_ms"],
             "preempted": case["measured"]["num_preemptions"],
             "over static": gain["throughput_over_static"],
         }
         for case, gain in zip(result["cases"], gains(result), strict=True)
     ]
-    _print_rows(f"static: at most {result['static_max_num_seqs']} running", rows, list(rows[0]))
-    _print_rows("capacity, requests/s that keep the targets", result["capacity"], ["load", "policy", "requests_per_s"])
+    _print_rows(f"static: at most {result['static_max_num_seqs']} running", rows, {name: name for name in rows[0]})
+    columns = {"load": "load", "policy": "policy", "requests_per_s": "requests/s"}
+    _print_rows("capacity: the highest rate that keeps the targets", result["capacity"], columns)
     if picture is not None:
-        draw_policies(result["cases"], f"{opened.manifest.model.id}, {opened.manifest.build.cpu_model}", picture)
+        draw_policies(result["cases"], _caption(opened), picture)
     _finish(result, output_json)
 
 
@@ -306,18 +320,24 @@ def chunk_budget_command(artifact: Path, target_ms: float, request_rate: float, 
     from multibatch.bench.policies import PoliciesOptions, run_chunk_budget
 
     rows = run_chunk_budget(Artifact.open(artifact), PoliciesOptions(**options), target_ms, request_rate)
-    columns = ["policy", "output_throughput", "p99_itl_ms", "mean_itl_ms", "p95_ttft_ms", "duration"]
-    _print_rows(f"target {target_ms} ms", rows, columns)
+    columns = {"policy": "policy", "output_throughput": "tok/s", "p99_itl_ms": "p99 itl", "mean_itl_ms": "mean itl"}
+    _print_rows(f"target {target_ms} ms; times in ms", rows, columns | {"p95_ttft_ms": "p95 TTFT"})
     _finish({"target_ms": target_ms, "rows": rows}, None)
 
 
-def _print_rows(title: str, rows: Iterable[dict[str, Any]], columns: Sequence[str]) -> None:
+def _print_rows(title: str, rows: Iterable[dict[str, Any]], columns: Mapping[str, str]) -> None:
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for name in columns:
-        table.add_column(name.replace("_", " "), justify="right")
+    for name in columns.values():
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         table.add_row(*(_number(row[name]) for name in columns))
     OUT.print(table)
+
+
+def _caption(artifact: Artifact) -> str:
+    model, build = artifact.manifest.model, artifact.manifest.build
+    bits = f", {artifact.manifest.quantization.scheme}" if artifact.manifest.quantization else f", {model.dtype}"
+    return f"{Path(model.id).name}{bits}, {usable_cores()} cores of {build.cpu_model}"
 
 
 def _number(value: Any) -> str:

@@ -95,6 +95,7 @@ def make_trace(
     input_len: int = 128,
     output_len: int = 64,
     lengths: Lengths = "fixed",
+    longest_input: int | None = None,
     longest_output: int | None = None,
     seed: int = 0,
 ) -> list[TraceRequest]:
@@ -109,6 +110,7 @@ def make_trace(
         output_len: mean tokens of an output.
         lengths: "fixed" at the means; "uniform" from half to one and a half times them; "heavy": log-normal with sigma 1,
             whose longest twentieth is more than three times the mean.
+        longest_input: none is longer.
         longest_output: where lengths vary, what every request declares as max_tokens and none exceeds.
         seed: the same gives the same load.
 
@@ -121,11 +123,11 @@ def make_trace(
         )
     rng, now, trace = random.Random(seed), 0.0, []
     for _ in range(num_requests):
-        output = _length(rng, output_len, lengths)
+        output, prompt = _length(rng, output_len, lengths), _length(rng, input_len, lengths)
         trace.append(
             TraceRequest(
                 timestamp=now,
-                input_length=_length(rng, input_len, lengths),
+                input_length=prompt if longest_input is None else min(prompt, longest_input),
                 output_length=output if longest_output is None else min(output, longest_output),
                 max_tokens=longest_output,
             )

@@ -57,7 +57,7 @@ def draw_policies(cases: Sequence[Mapping[str, Any]], title: str, path: Path) ->
         axes.plot(places, predicted, "k_", markersize=14, label="simulator" if i == 0 else None)
     axes.set_xticks([place + width * (len(policies) - 1) / 2 for place in range(len(loads))], loads)
     axes.set_ylabel("output tokens/s")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     axes.set_title(title, fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -62,7 +62,7 @@ def run_policies(artifact: Artifact, options: PoliciesOptions) -> dict[str, Any]
     programs = load_programs(artifact)
     cases = []
     for load in LOADS:
-        trace = _trace(load, options, options.request_rate)
+        trace = _trace(artifact, load, options, options.request_rate)
         for policy, config in configs.items():
             found = run_serve(artifact, trace, config, programs=programs, predict=True, seed=options.seed)
             predicted = found.pop("predicted")
@@ -115,7 +115,7 @@ def _configs(artifact: Artifact, options: PoliciesOptions) -> dict[str, EngineCo
     longest = max(
         min(r.input_length + options.longest_output, artifact.manifest.max_seq_len)
         for load in LOADS
-        for r in _trace(load, options, options.request_rate)
+        for r in _trace(artifact, load, options, options.request_rate)
     )
     careful = options.num_kv_blocks // blocks_for(longest, block_size)
     if not careful:
@@ -133,12 +133,19 @@ def _configs(artifact: Artifact, options: PoliciesOptions) -> dict[str, EngineCo
     }
 
 
-def _trace(load: str, options: PoliciesOptions, request_rate: float) -> list[TraceRequest]:
+def _trace(artifact: Artifact, load: str, options: PoliciesOptions, request_rate: float) -> list[TraceRequest]:
+    room = artifact.manifest.max_seq_len - options.longest_output
+    if room < 1:
+        raise ConfigError(
+            f"a longest output of {options.longest_output} tokens leaves no room for a prompt in sequences of"
+            f" {artifact.manifest.max_seq_len}; declare a shorter one"
+        )
     return make_trace(
         options.num_requests,
         request_rate=request_rate,
         input_len=options.input_len,
         output_len=options.output_len,
+        longest_input=room,
         longest_output=options.longest_output,
         seed=options.seed,
         **LOADS[load],
@@ -157,7 +164,7 @@ def _capacity(
     engine = ScriptedEngine(artifact, config, programs)
 
     def keeps(rate: float) -> bool:
-        found = predict_serve(artifact, _trace(load, options, rate), config, engine=engine)
+        found = predict_serve(artifact, _trace(artifact, load, options, rate), config, engine=engine)
         return bool(found["p95_ttft_ms"] <= options.target_ttft_ms and found["p95_tpot_ms"] <= options.target_tpot_ms)
 
     low, high = 0.0, 1 / 64
@@ -168,7 +175,7 @@ def _capacity(
         low, high = (middle, high) if keeps(middle) else (low, middle)
     result: dict[str, Any] = {"load": load, "policy": policy, "requests_per_s": low}
     if low:
-        found = run_serve(artifact, _trace(load, options, low), config, programs=programs, seed=options.seed)
+        found = run_serve(artifact, _trace(artifact, load, options, low), config, programs=programs, seed=options.seed)
         result["measured"] = {name: found[name] for name in ("p95_ttft_ms", "p95_tpot_ms", "output_throughput")}
     return result
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -185,3 +188,20 @@ def test_one_flipped_byte_in_any_file_is_found(eager_artifact: Path, tmp_path: P
         data[len(data) // 2] ^= 1
         file.write_bytes(data)
     assert verify_artifact(copy) == []
+
+
+def test_generate_asks_for_as_many_tokens_as_fit(demo_artifact: Path, tmp_path: Path) -> None:
+    lines = [{"prompt_token_ids": [5] * 250}, {"prompt_token_ids": [5] * 250, "max_tokens": 2, "ignore_eos": True}]
+    file = tmp_path / "prompts.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = [sys.executable, "-m", "multibatch", "generate", str(demo_artifact)]
+    done = subprocess.run([*command, "--prompts-file", file], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads(line) for line in done.stdout.splitlines())
+    # sequences of 256 tokens, and 128 where there is room for them
+    assert 1 <= len(first["outputs"][0]["token_ids"]) <= 6
+    assert len(second["outputs"][0]["token_ids"]) == 2
+    done = subprocess.run(
+        [*command, "--prompt", "What is", "--max-tokens", "3"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
