@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from multibatch.async_engine import AsyncEngine
     from multibatch.errors import MultibatchError
     from multibatch.llm import LLM
     from multibatch.request import CompletionOutput, Logprob, RequestOutput
@@ -15,6 +16,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AsyncEngine",
     "CompletionOutput",
     "Logprob",
     "MultibatchError",
@@ -26,6 +28,7 @@ __all__ = [
 
 _HOMES = {
     "LLM": "multibatch.llm",
+    "AsyncEngine": "multibatch.async_engine",
     "CompletionOutput": "multibatch.request",
     "Logprob": "multibatch.request",
     "MultibatchError": "multibatch.errors",

@@ -132,6 +132,11 @@ class Engine:
         return self._tokenizer
 
     @property
+    def has_tokenizer(self) -> bool:
+        """Whether the artifact has a tokenizer."""
+        return self._tokenizer_dir is not None
+
+    @property
     def has_unfinished(self) -> bool:
         """Whether `step` has anything to do."""
         return self.scheduler.has_unfinished
@@ -145,8 +150,18 @@ class Engine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        arrived: float | None = None,
     ) -> None:
-        """Queues a request; `priority` and `cache_salt` are those of `multibatch.request.Request`.
+        """Queues a request.
+
+        Args:
+            request_id: no other request that is being served may have it.
+            prompt_token_ids: one or more.
+            params: how to continue it.
+            prompt: the text, handed back with the outputs.
+            priority: see `multibatch.request.Request`.
+            cache_salt: see `multibatch.request.Request`.
+            arrived: when it came, of `time.monotonic`; default: now.
 
         Raises:
             RequestError: it can never run here; nothing was queued.
@@ -157,7 +172,9 @@ class Engine:
                 f"request {request_id!r}: priority {priority}, and the engine serves first come, first served;"
                 ' give it scheduling_policy="priority", or leave the priority out'
             )
-        group = _Group(request_id, prompt, list(prompt_token_ids), params, [], time.time(), time.monotonic())
+        now = time.monotonic()
+        queued = now if arrived is None else arrived
+        group = _Group(request_id, prompt, list(prompt_token_ids), params, [], time.time() - (now - queued), queued)
         number = self._num_requests
         for child in range(params.n):
             request = Request(
@@ -226,6 +243,11 @@ class Engine:
     def prefix_cache_stats(self) -> PrefixCacheStats:
         """Prompt tokens asked for and found since the start; zeros where prefix caching is off."""
         return PrefixCacheStats() if self._prefix_cache is None else self._prefix_cache.stats
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """Share of the KV blocks that sequences hold."""
+        return 1 - self._allocator.num_free / self._allocator.num_total
 
     def reset_prefix_cache(self) -> None:
         """Forgets what is in the blocks of the pool; running requests keep theirs."""
@@ -300,9 +322,9 @@ class Engine:
 
     def _fail(self, step: ScheduledStep, error: Exception) -> list[RequestOutput]:
         failed = self.scheduler.fail(step)
-        self.failure = StepError(f"a step failed: {error}", [sequence.request_id for sequence in failed])
+        names = list(dict.fromkeys(self._owner[sequence.request_id][0].request_id for sequence in failed))
+        self.failure = StepError(f"a step failed: {error}", names)
         self.failure.__cause__ = error
-        names = dict.fromkeys(self._owner[sequence.request_id][0].request_id for sequence in failed)
         outputs = [self._output(self._groups[name]) for name in names]
         return [output for output in outputs if output is not None]
 

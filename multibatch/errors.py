@@ -9,7 +9,9 @@
     ├── ConfigError              an option outside what is allowed (also a ValueError)
     ├── RequestError             a request that can never run here (also a ValueError)
     ├── CapacityError            too little memory or too small a ladder for what was asked
+    ├── QueueFullError           too many requests wait already; may be tried again
     ├── StepError                a step failed while it ran; names the requests that failed with it
+    ├── EngineDeadError          an engine's thread has ended, asked to or not; names the request it ended
     └── VerificationError        a program or an artifact does not do what it should
 
 A message says what, got, allowed, and what to do. `exit_code` is what the command line ends with.
@@ -66,6 +68,20 @@ class VerificationError(MultibatchError):
     """A program or an artifact gives other results than it should."""
 
 
+class QueueFullError(MultibatchError):
+    """A request that found no place, neither among those that run nor among those that may wait.
+
+    Attributes:
+        num_unfinished: sequences that ran or waited.
+        limit: how many may.
+    """
+
+    def __init__(self, message: str, num_unfinished: int = 0, limit: int = 0) -> None:
+        super().__init__(message)
+        self.num_unfinished = num_unfinished
+        self.limit = limit
+
+
 class StepError(MultibatchError):
     """A step failed while it ran.
 
@@ -76,3 +92,15 @@ class StepError(MultibatchError):
     def __init__(self, message: str, request_ids: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.request_ids = tuple(request_ids)
+
+
+class EngineDeadError(MultibatchError):
+    """An engine whose thread has ended: it was shut down, or died of the error that is this one's cause.
+
+    Attributes:
+        request_id: the request that this ended; None where it is about the engine itself.
+    """
+
+    def __init__(self, message: str, request_id: str | None = None) -> None:
+        super().__init__(message)
+        self.request_id = request_id

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import importlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,17 +10,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from multibatch.artifact import Artifact
-from multibatch.config import EngineConfig, cache_dir
-from multibatch.engine import Engine
-from multibatch.errors import ArtifactError, ConfigError, RequestError
-from multibatch.manifest import MANIFEST_NAME
+from multibatch.errors import ConfigError, RequestError
 from multibatch.metrics import CallRecord
+from multibatch.open_engine import open_engine, open_or_compile
+from multibatch.prompts import Prompt, encode_prompt, listed_prompts
 from multibatch.request import RequestOutput
 from multibatch.sampling_params import RequestOutputKind, SamplingParams
-
-Prompt = str | Sequence[int] | Mapping[str, Any]
-"""Text, token ids, {"prompt": text} or {"prompt_token_ids": ids}; a dict may have a "cache_salt"."""
 
 _NOT_BUILT = {
     "lora_request": "LoRA adapters",
@@ -69,24 +62,20 @@ class LLM:
         compile_options: Mapping[str, Any] | None = None,
         **engine_options: Any,
     ) -> None:
-        unknown = set(engine_options) - {field.name for field in dataclasses.fields(EngineConfig)}
-        if unknown:
-            raise ConfigError(
-                f"LLM does not know {', '.join(sorted(unknown))}; see help(multibatch.LLM) for what it does"
-            )
-        config = EngineConfig(
+        self.artifact, self.engine = open_engine(
+            model,
             max_num_seqs=max_num_seqs,
-            max_seq_len=max_model_len if max_model_len is not None else max_seq_len,
+            max_model_len=max_model_len,
+            max_seq_len=max_seq_len,
             kv_cache_memory_bytes=kv_cache_memory_bytes,
             num_kv_blocks=num_kv_blocks,
             enable_prefix_caching=enable_prefix_caching,
             seed=seed,
             selector_policy=selector_policy,
             num_threads=num_threads,
+            compile_options=compile_options,
             **engine_options,
         )
-        self.artifact = open_or_compile(model, compile_options or {})
-        self.engine = Engine(self.artifact, config)
         self._ids = itertools.count()
 
     def generate(
@@ -177,7 +166,7 @@ class LLM:
         kind: RequestOutputKind | None = None,
         priority: Sequence[int] | None = None,
     ) -> list[str]:
-        given = _listed(prompts)
+        given = listed_prompts(prompts)
         if sampling_params is None or isinstance(sampling_params, SamplingParams):
             params = [sampling_params or self.get_default_sampling_params()] * len(given)
         else:
@@ -190,38 +179,18 @@ class LLM:
         added: list[str] = []
         try:
             for prompt, p, rank in zip(given, params, priority or [0] * len(given), strict=True):
-                text, ids, salt = self._encode(prompt)
+                encoded = encode_prompt(prompt, lambda text: self.engine.tokenizer.encode(text))
                 p = p if kind is None else dataclasses.replace(p, output_kind=kind)
                 request_id = str(next(self._ids))
-                self.engine.add_request(request_id, ids, p, text, priority=rank, cache_salt=salt)
+                self.engine.add_request(
+                    request_id, encoded.token_ids, p, encoded.text, priority=rank, cache_salt=encoded.cache_salt
+                )
                 added.append(request_id)
         except RequestError:
             for request_id in added:
                 self.engine.abort(request_id)
             raise
         return added
-
-    def _encode(self, prompt: Any) -> tuple[str | None, list[int], str | None]:
-        """A prompt's text, if it has one, its token ids and its cache salt."""
-        salt = None
-        if isinstance(prompt, Mapping):
-            unknown = set(prompt) - {"prompt", "prompt_token_ids", "cache_salt"}
-            if unknown or not set(prompt) & {"prompt", "prompt_token_ids"}:
-                raise RequestError(
-                    f"a prompt with the keys {', '.join(map(str, prompt))}; allowed: prompt, prompt_token_ids, cache_salt"
-                )
-            salt = prompt.get("cache_salt")
-            if salt is not None and (not isinstance(salt, str) or not salt):
-                raise RequestError(f"cache_salt is {salt!r}; allowed: a string that is not empty, or None")
-            if "prompt_token_ids" in prompt:
-                return prompt.get("prompt"), _token_ids(prompt["prompt_token_ids"]), salt
-            prompt = prompt["prompt"]
-        if isinstance(prompt, str):
-            ids = self.engine.tokenizer.encode(prompt)
-            if not ids:
-                raise RequestError("a prompt of 0 tokens; allowed: 1 or more")
-            return prompt, ids, salt
-        return None, _token_ids(prompt), salt
 
     def _finish(self, request_ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
         done: dict[str, RequestOutput] = {}
@@ -241,46 +210,8 @@ class LLM:
 
     def _raise_failure(self, request_ids: set[str]) -> None:
         failure = self.engine.failure
-        if failure is not None and request_ids & {name.partition("#")[0] for name in failure.request_ids}:
+        if failure is not None and request_ids & set(failure.request_ids):
             raise failure
-
-
-def open_or_compile(model: str | Path, compile_options: Mapping[str, Any]) -> Artifact:
-    """An artifact as it is; a model is compiled into the cache folder first, with progress on the terminal."""
-    folder = Path(model)
-    if (folder / MANIFEST_NAME).is_file() or (folder.is_dir() and not (folder / "config.json").is_file()):
-        return Artifact.open(folder)
-    try:
-        compiler = importlib.import_module("multibatch_compile")
-    except ImportError as error:
-        raise ArtifactError(f"{model} is no artifact, and the compile step is not installed: {error}") from error
-    name = compiler.cache_name(str(model), dict(compile_options))
-    target = cache_dir() / "artifacts" / name
-    with contextlib.suppress(ArtifactError):
-        return Artifact.open(target)
-    return compiler.compile_model(str(model), target, force=target.exists(), progress=True, **compile_options)  # type: ignore[no-any-return]
-
-
-def _listed(prompts: Any) -> list[Any]:
-    if isinstance(prompts, (str, Mapping)):
-        return [prompts]
-    given = list(prompts)
-    if given and all(isinstance(x, int) and not isinstance(x, bool) for x in given):
-        return [given]
-    return given
-
-
-def _token_ids(value: Any) -> list[int]:
-    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence):
-        raise RequestError(
-            f"a prompt of type {type(value).__name__}; allowed: str, list of token ids, or a dict of them"
-        )
-    wrong = [x for x in value if isinstance(x, bool) or not isinstance(x, int)]
-    if wrong:
-        raise RequestError(f"token id {wrong[0]!r} in a prompt; allowed: ints")
-    if not value:
-        raise RequestError("a prompt of 0 tokens; allowed: 1 or more")
-    return list(value)
 
 
 def _refuse_not_built(options: Mapping[str, Any]) -> None:

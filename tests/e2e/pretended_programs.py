@@ -1,0 +1,52 @@
+"""An engine whose programs take no time: what comes next follows from the newest token and its position alone."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from multibatch.artifact import Artifact
+from multibatch.batch import ProgramInputs
+from multibatch.config import EngineConfig
+from multibatch.engine import Engine
+from multibatch.kv.pool import KVPool
+
+
+def next_token(token: Any, position: Any, vocabulary: int) -> Any:
+    return (31 * token + 17 * position + 7) % vocabulary
+
+
+class PretendedPrograms:
+    chunk_maxima = None
+    own_threads = contextlib.nullcontext
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+        self.num_calls = 0
+        self.on_call: Callable[[], None] = lambda: None
+
+    def run(self, program: str, inputs: ProgramInputs, pool: KVPool) -> torch.Tensor:
+        self.num_calls += 1
+        self.on_call()
+        keep = inputs.logits_to_keep
+        chosen = next_token(inputs.token_ids[0, keep], inputs.positions[0, keep], self.vocabulary)
+        return torch.zeros(len(keep), self.vocabulary).scatter_(1, chosen[:, None], 1.0)
+
+
+def pretended_engine(artifact: Path, **options: Any) -> tuple[Engine, PretendedPrograms]:
+    opened = Artifact.open(artifact)
+    programs = PretendedPrograms(opened.manifest.model.vocab_size)
+    return Engine(opened, EngineConfig(**options), programs), programs
+
+
+def continuation(prompt: list[int], num_tokens: int, vocabulary: int) -> list[int]:
+    """What such an engine answers greedily."""
+    token, output = prompt[-1], []
+    for position in range(len(prompt) - 1, len(prompt) - 1 + num_tokens):
+        token = next_token(token, position, vocabulary)
+        output.append(token)
+    return output
