@@ -56,6 +56,7 @@ class AsyncEngine:
         return self
 
     def _start(self, engine: Engine, max_queued_requests: int | None) -> None:
+        self._engine = engine
         # Loaded now, so that neither the first request nor the event loop waits for it.
         self._tokenizer = engine.tokenizer if engine.has_tokenizer else None
         # A tokenizer serves one thread at a time, and a long text takes it longer than an event loop should stand still.
@@ -171,6 +172,10 @@ class AsyncEngine:
     def num_unfinished(self) -> int:
         """Sequences that run or wait, each of a request's n being one."""
         return self._thread.num_unfinished
+
+    def metrics_text(self) -> str:
+        """What was done since the start and what is going on, as Prometheus text; see `multibatch.exposition`."""
+        return self._engine.metrics_text()
 
     def shutdown(self) -> None:
         """Ends the engine after the step that runs, and every request with an `EngineDeadError`. Does not wait."""

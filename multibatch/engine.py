@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -38,7 +40,13 @@ from multibatch.sampling_params import RequestOutputKind, SamplingParams
 from multibatch.scheduled_step import ScheduledStep
 from multibatch.scheduler import Scheduler, SchedulerConfig
 from multibatch.selector import Selector
+from multibatch.stats import CompletionTimes, EngineStats
 from multibatch.tokenizer import Detokenizer, Tokenizer
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+    from multibatch.exposition import EngineState
 
 
 @dataclass(slots=True)
@@ -51,6 +59,9 @@ class _Completion:
     cumulative_logprob: float = 0.0
     num_sent_tokens: int = 0
     num_sent_characters: int = 0
+    scheduled_ts: float | None = None
+    first_token_ts: float | None = None
+    last_token_ts: float | None = None
 
 
 @dataclass(slots=True)
@@ -64,9 +75,6 @@ class _Group:
     completions: list[_Completion]
     arrival_time: float
     queued_ts: float
-    scheduled_ts: float | None = None
-    first_token_ts: float | None = None
-    last_token_ts: float | None = None
 
 
 class Engine:
@@ -115,6 +123,8 @@ class Engine:
         self._num_requests = 0
         self._groups: dict[str, _Group] = {}
         self._owner: dict[str, tuple[_Group, _Completion]] = {}
+        self.stats = EngineStats(self.max_seq_len)
+        self._registry: CollectorRegistry | None = None
         # Why the latest failed step failed; the engine goes on after it.
         self.failure: StepError | None = None
 
@@ -222,19 +232,27 @@ class Engine:
         step = self.scheduler.schedule()
         now = started = time.monotonic()
         for sequence in step.sequences:
-            group = self._owner[sequence.request_id][0]
-            group.scheduled_ts = group.scheduled_ts or now
+            completion = self._owner[sequence.request_id][1]
+            if completion.scheduled_ts is None:
+                completion.scheduled_ts = now
+        self.stats.num_preemptions += len(step.preempted)
         try:
             sampled = self.compute(step)
         except (RuntimeError, StepError) as error:
             return self._fail(step, error)
+        self.stats.iteration_tokens.observe(step.num_prefill_tokens + len(step.decode))
         live = [sequence for sequence in step.sampled if not sequence.is_finished]
         self.scheduler.update(step, sampled.token_ids)
         now = time.monotonic()
         self.scheduler.step_done(step, (now - started) * 1000)
+        waits: dict[float, int] = {}
         for sequence, token, logprobs in zip(step.sampled, sampled.token_ids, sampled.logprobs, strict=True):
             if sequence in live:
-                self._accept(sequence, token, logprobs, now)
+                wait = self._accept(sequence, token, logprobs, now)
+                if wait is not None:
+                    waits[wait] = waits.get(wait, 0) + 1
+        for wait, num_tokens in waits.items():
+            self.stats.next_tokens(wait, num_tokens)
         groups = dict.fromkeys(self._owner[sequence.request_id][0].request_id for sequence in step.sampled)
         outputs = [self._output(self._groups[name]) for name in groups]
         return [output for output in outputs if output is not None]
@@ -248,6 +266,35 @@ class Engine:
     def kv_cache_usage(self) -> float:
         """Share of the KV blocks that sequences hold."""
         return 1 - self._allocator.num_free / self._allocator.num_total
+
+    @property
+    def registry(self) -> CollectorRegistry:
+        """The engine's own Prometheus registry, to be collected from any thread."""
+        if self._registry is None:
+            # Here, since who never asks need not wait for the library.
+            from multibatch.exposition import EngineCollector, registry_of
+
+            self._registry = registry_of(EngineCollector(self.manifest.model.id, self.stats, self._state))
+        return self._registry
+
+    def metrics_text(self) -> str:
+        """What was done since the start and what is going on, as Prometheus text; from any thread."""
+        from multibatch.exposition import text_of
+
+        return text_of(self.registry)
+
+    def _state(self) -> EngineState:
+        from multibatch.exposition import EngineState
+
+        found = self.prefix_cache_stats
+        return EngineState(
+            num_running=len(self.scheduler.running),
+            num_waiting=len(self.scheduler.waiting),
+            kv_cache_usage=self.kv_cache_usage,
+            prefix_cache_queries=found.queries,
+            prefix_cache_hits=found.hits,
+            programs=list(self.runner.program_uses.values()),
+        )
 
     def reset_prefix_cache(self) -> None:
         """Forgets what is in the blocks of the pool; running requests keep theirs."""
@@ -294,10 +341,19 @@ class Engine:
                 " give max_tokens=None for as many as fit, or compile with a larger --max-seq-len"
             )
 
-    def _accept(self, sequence: Sequence, token: int, logprobs: RowLogprobs | None, now: float) -> None:
+    def _accept(self, sequence: Sequence, token: int, logprobs: RowLogprobs | None, now: float) -> float | None:
+        """Takes a token in; the seconds since the one before, or None for the first."""
         group, completion = self._owner[sequence.request_id]
-        group.first_token_ts = group.first_token_ts or now
-        group.last_token_ts = now
+        before, completion.last_token_ts = completion.last_token_ts, now
+        if before is None:
+            completion.first_token_ts = now
+            cached = sequence.num_cached_tokens or 0
+            self.stats.first_token(sequence.num_prompt_tokens, cached, now - group.queued_ts)
+        self._write(completion, token, logprobs)
+        return None if before is None else now - before
+
+    def _write(self, completion: _Completion, token: int, logprobs: RowLogprobs | None) -> None:
+        sequence = completion.sequence
         if logprobs is not None:
             entries = self._named(logprobs)
             completion.logprobs.append(entries)
@@ -333,24 +389,9 @@ class Engine:
         kind = group.params.output_kind
         outputs = [_completion_output(i, c, group.params) for i, c in enumerate(group.completions)]
         if finished:
-            del self._groups[group.request_id]
-            for completion in group.completions:
-                del self._owner[completion.sequence.request_id]
+            self._forget(group)
         elif kind is RequestOutputKind.FINAL_ONLY:
             return None
-        latency = None
-        if group.first_token_ts is not None:
-            latency = group.first_token_ts - group.queued_ts
-        metrics = RequestMetrics(
-            num_generation_tokens=sum(c.sequence.num_output_tokens for c in group.completions),
-            num_preemptions=sum(c.sequence.num_preemptions for c in group.completions),
-            arrival_time=group.arrival_time,
-            queued_ts=group.queued_ts,
-            scheduled_ts=group.scheduled_ts,
-            first_token_ts=group.first_token_ts,
-            last_token_ts=group.last_token_ts,
-            first_token_latency=latency,
-        )
         return RequestOutput(
             group.request_id,
             group.prompt,
@@ -358,9 +399,49 @@ class Engine:
             None,
             outputs,
             finished,
-            metrics,
+            _metrics(group),
             num_cached_tokens=group.completions[0].sequence.num_cached_tokens,
         )
+
+    def _forget(self, group: _Group) -> None:
+        """Counts a request that has ended; its id is free again."""
+        now = time.monotonic()
+        del self._groups[group.request_id]
+        for completion in group.completions:
+            sequence = completion.sequence
+            del self._owner[sequence.request_id]
+            times = CompletionTimes(
+                queued=group.queued_ts,
+                scheduled=completion.scheduled_ts,
+                first_token=completion.first_token_ts,
+                last_token=completion.last_token_ts,
+                ended=now,
+            )
+            assert sequence.finish_reason is not None
+            self.stats.completion_ended(
+                sequence.finish_reason, sequence.num_prompt_tokens, sequence.num_output_tokens, times
+            )
+        self.stats.request_ended(group.params.n, group.params.max_tokens)
+
+
+def _metrics(group: _Group) -> RequestMetrics:
+    completions = group.completions
+    first = min(_known(c.first_token_ts for c in completions), default=None)
+    return RequestMetrics(
+        num_generation_tokens=sum(c.sequence.num_output_tokens for c in completions),
+        num_preemptions=sum(c.sequence.num_preemptions for c in completions),
+        arrival_time=group.arrival_time,
+        queued_ts=group.queued_ts,
+        scheduled_ts=min(_known(c.scheduled_ts for c in completions), default=None),
+        first_token_ts=first,
+        last_token_ts=max(_known(c.last_token_ts for c in completions), default=None),
+        first_token_latency=None if first is None else first - group.queued_ts,
+        num_cached_tokens=completions[0].sequence.num_cached_tokens,
+    )
+
+
+def _known(times: Iterable[float | None]) -> list[float]:
+    return [moment for moment in times if moment is not None]
 
 
 def _completion_output(index: int, completion: _Completion, params: SamplingParams) -> CompletionOutput:

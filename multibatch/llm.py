@@ -155,9 +155,14 @@ class LLM:
         return True
 
     def take_records(self) -> list[CallRecord]:
-        """The program calls since the last time this was asked."""
-        records, self.engine.runner.records = self.engine.runner.records, []
+        """The program calls since the last time this was asked, the latest `multibatch.runner.MAX_RECORDS` of them."""
+        records = list(self.engine.runner.records)
+        self.engine.runner.records.clear()
         return records
+
+    def get_metrics(self) -> str:
+        """What was done since the start, as Prometheus text; see `multibatch.exposition`."""
+        return self.engine.metrics_text()
 
     def _add_all(
         self,

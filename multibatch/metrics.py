@@ -19,23 +19,27 @@ class CallRecord:
     """Wall time of the call."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ProgramUse:
     """All calls of one program together."""
 
     program: str
-    num_calls: int
-    num_live: int
-    num_padded: int
-    ms: float
+    num_calls: int = 0
+    num_live: int = 0
+    num_padded: int = 0
+    ms: float = 0.0
+
+    def add(self, record: CallRecord) -> None:
+        """Counts one more call."""
+        self.num_calls += 1
+        self.num_live += record.num_live
+        self.num_padded += record.num_padded
+        self.ms += record.ms
 
 
 def summarise(records: Iterable[CallRecord]) -> list[ProgramUse]:
     """One entry per program, in the order of first use."""
     totals: dict[str, ProgramUse] = {}
-    for r in records:
-        t = totals.get(r.program, ProgramUse(r.program, 0, 0, 0, 0.0))
-        totals[r.program] = ProgramUse(
-            r.program, t.num_calls + 1, t.num_live + r.num_live, t.num_padded + r.num_padded, t.ms + r.ms
-        )
+    for record in records:
+        totals.setdefault(record.program, ProgramUse(record.program)).add(record)
     return list(totals.values())

@@ -170,6 +170,8 @@ class RequestMetrics:
     last_token_ts: float | None = None
     first_token_latency: float | None = None
     """Wall seconds from `arrival_time` to the first token."""
+    num_cached_tokens: int | None = None
+    """Prompt tokens found in the pool; vLLM has them in the output alone."""
 
     @property
     def queue_s(self) -> float | None:
@@ -180,6 +182,21 @@ class RequestMetrics:
     def ttft_s(self) -> float | None:
         """Seconds from being queued to the first token."""
         return _elapsed(self.queued_ts, self.first_token_ts)
+
+    @property
+    def prefill_ms(self) -> float | None:
+        """Milliseconds from being scheduled first to the first token."""
+        return _milliseconds(self.scheduled_ts, self.first_token_ts)
+
+    @property
+    def decode_ms(self) -> float | None:
+        """Milliseconds from the first token to the last so far."""
+        return _milliseconds(self.first_token_ts, self.last_token_ts)
+
+    @property
+    def latency_ms(self) -> float | None:
+        """Milliseconds from being queued to the last token so far."""
+        return _milliseconds(self.queued_ts, self.last_token_ts)
 
     @property
     def time_per_output_token_s(self) -> float | None:
@@ -280,6 +297,11 @@ def _mix(value: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & _MASK64
     return z ^ (z >> 31)
+
+
+def _milliseconds(start: float | None, end: float | None) -> float | None:
+    seconds = _elapsed(start, end)
+    return None if seconds is None else seconds * 1000
 
 
 def _elapsed(start: float | None, end: float | None) -> float | None:

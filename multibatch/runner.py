@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
+from typing import Final
 
 import torch
 
@@ -12,9 +14,12 @@ from multibatch.batch import DecodeRow, decode_inputs, prefill_inputs, step_inpu
 from multibatch.kv.block_table import blocks_for
 from multibatch.kv.pool import KVPool
 from multibatch.manifest import STEP, Manifest, decoder_name, prefill_name
-from multibatch.metrics import CallRecord
+from multibatch.metrics import CallRecord, ProgramUse
 from multibatch.scheduled_step import ScheduledStep
 from multibatch.selector import Selector, select_chunk
+
+MAX_RECORDS: Final = 65536
+"""Calls that are kept one by one, some 10 MB; an engine may serve for months."""
 
 
 class Runner:
@@ -36,7 +41,9 @@ class Runner:
         self._clock = clock
         self._block_size = manifest.kv.block_size
         self._max_blocks = blocks_for(manifest.max_seq_len, self._block_size)
-        self.records: list[CallRecord] = []
+        self.records: deque[CallRecord] = deque(maxlen=MAX_RECORDS)
+        # Every call since the start, whatever became of its record.
+        self.program_uses: dict[str, ProgramUse] = {}
 
     def run(self, step: ScheduledStep) -> torch.Tensor:
         """Logits of the step's sampled sequences, [len(step.sampled), V], in that order."""
@@ -89,4 +96,8 @@ class Runner:
         return parts
 
     def _record(self, program: str, num_live: int, size: int, start: float) -> None:
-        self.records.append(CallRecord(program, num_live, size - num_live, (self._clock() - start) * 1000))
+        record = CallRecord(program, num_live, size - num_live, (self._clock() - start) * 1000)
+        self.records.append(record)
+        if program not in self.program_uses:
+            self.program_uses[program] = ProgramUse(program)
+        self.program_uses[program].add(record)

@@ -25,7 +25,7 @@ from multibatch.config import EngineConfig
 from multibatch.engine import Engine, load_programs
 from multibatch.hardware import read_cpu_info, usable_cores
 from multibatch.manifest import Manifest
-from multibatch.metrics import ProgramUse, summarise
+from multibatch.metrics import ProgramUse
 from multibatch.roofline import decode_bytes, measure_bandwidth
 from multibatch.sampling_params import SamplingParams
 
@@ -85,7 +85,9 @@ def run_bench(artifact: Artifact, options: BenchOptions, reference: Any = None) 
         "ladder_over": {
             name: round(rate / v["decode_tokens_per_s"], 3) for name, v in medians.items() if name != "ladder"
         },
-        "programs": [_use(artifact.manifest, use, max(bandwidths)) for use in summarise(ladder.engine.runner.records)],
+        "programs": [
+            _use(artifact.manifest, use, max(bandwidths)) for use in ladder.engine.runner.program_uses.values()
+        ],
         "weight_bytes_per_step": artifact.manifest.model.weight_bytes,
         "bandwidth_gbps": {"best": round(max(bandwidths), 1), "worst": round(min(bandwidths), 1)},
         "limit_decode_tokens_per_s": round(limit, 1),
@@ -117,7 +119,7 @@ def _variants(
     # The first run touches every page of the weights and of the pool; no variant should pay for that alone.
     for run in served.values():
         _serve(run.engine, prompts, 2)
-        run.engine.runner.records.clear()
+        run.engine.runner.program_uses.clear()
     variants: dict[str, Callable[[], dict[str, float]]] = dict(served)
     if reference is not None:
         own_attention = reference.config._attn_implementation

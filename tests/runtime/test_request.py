@@ -151,6 +151,7 @@ def test_outputs_have_the_fields_of_vllm_in_its_order() -> None:
         "first_token_ts",
         "last_token_ts",
         "first_token_latency",
+        "num_cached_tokens",  # ours
     ]
 
 
@@ -171,11 +172,13 @@ def test_metrics_are_differences_of_one_clock() -> None:
         num_generation_tokens=5, queued_ts=0.0, scheduled_ts=1.0, first_token_ts=3.0, last_token_ts=11.0
     )
     assert (metrics.queue_s, metrics.ttft_s, metrics.time_per_output_token_s, metrics.e2e_s) == (1.0, 3.0, 2.0, 11.0)
+    assert (metrics.prefill_ms, metrics.decode_ms, metrics.latency_ms) == (2000.0, 8000.0, 11000.0)
 
 
 def test_what_has_not_happened_has_no_time() -> None:
     metrics = RequestMetrics(queued_ts=1.0)
     assert (metrics.queue_s, metrics.ttft_s, metrics.time_per_output_token_s, metrics.e2e_s) == (None,) * 4
+    assert (metrics.prefill_ms, metrics.decode_ms, metrics.latency_ms) == (None,) * 3
     one_token = RequestMetrics(num_generation_tokens=1, first_token_ts=2.0, last_token_ts=2.0)
     assert one_token.time_per_output_token_s is None
 
