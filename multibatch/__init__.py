@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from multibatch.llm import LLM
     from multibatch.request import CompletionOutput, Logprob, RequestOutput
     from multibatch.sampling_params import RequestOutputKind, SamplingParams
+    from multibatch.structured_outputs import StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]
 
@@ -35,6 +37,7 @@ _HOMES = {
     "RequestOutput": "multibatch.request",
     "RequestOutputKind": "multibatch.sampling_params",
     "SamplingParams": "multibatch.sampling_params",
+    "StructuredOutputsParams": "multibatch.structured_outputs",
 }
 
 

@@ -14,14 +14,17 @@ import torch
 from multibatch.artifact import Artifact, check_host
 from multibatch.backends.base import DTYPES, LoadedPrograms
 from multibatch.config import EngineConfig, isa_from_environment, threads_from_environment
+from multibatch.constraints import Constraints
 from multibatch.cost import CostModel
 from multibatch.errors import CapacityError, ConfigError, RequestError, StepError
+from multibatch.grammar import Matcher
 from multibatch.hardware import available_memory_bytes, read_cpu_info
 from multibatch.kv.allocator import BlockAllocator
 from multibatch.kv.block_table import blocks_for
 from multibatch.kv.pool import KVPool
 from multibatch.kv.prefix import PrefixCache, PrefixCacheStats
 from multibatch.ladder import DecoderLadder
+from multibatch.logits_masks import TokenRules
 from multibatch.manifest import Manifest
 from multibatch.policies.build import build_policies
 from multibatch.request import (
@@ -55,6 +58,7 @@ class _Completion:
 
     sequence: Sequence
     detokenizer: Detokenizer | None
+    matcher: Matcher | None
     logprobs: list[dict[int, Logprob]] = field(default_factory=list)
     cumulative_logprob: float = 0.0
     num_sent_tokens: int = 0
@@ -73,6 +77,7 @@ class _Group:
     prompt_token_ids: list[int]
     params: SamplingParams
     completions: list[_Completion]
+    rules: TokenRules | None
     arrival_time: float
     queued_ts: float
 
@@ -117,6 +122,7 @@ class Engine:
         tokenizer_dir = artifact.path / "tokenizer"
         self._tokenizer_dir: Path | None = tokenizer_dir if tokenizer_dir.is_dir() else None
         self._tokenizer: Tokenizer | None = None
+        self._constraints = Constraints(manifest.model, lambda: self.tokenizer)
         self._sampler = Sampler(self._programs.chunk_maxima)
         self._seed = config.seed
         self._queue_policy = config.scheduling_policy
@@ -182,9 +188,10 @@ class Engine:
                 f"request {request_id!r}: priority {priority}, and the engine serves first come, first served;"
                 ' give it scheduling_policy="priority", or leave the priority out'
             )
+        rules = self._constraints.rules(request_id, params)
         now = time.monotonic()
         queued = now if arrived is None else arrived
-        group = _Group(request_id, prompt, list(prompt_token_ids), params, [], time.time() - (now - queued), queued)
+        group = _Group(request_id, prompt, list(prompt_token_ids), params, [], rules, time.time() - (now - queued), queued)
         number = self._num_requests
         for child in range(params.n):
             request = Request(
@@ -201,7 +208,8 @@ class Engine:
             detokenizer = None
             if params.detokenize and (self._tokenizer_dir is not None or params.stop):
                 detokenizer = Detokenizer(self.tokenizer, params.stop, params.skip_special_tokens)
-            group.completions.append(_Completion(Sequence(request), detokenizer))
+            matcher = self._constraints.matcher(request.request_id, params)
+            group.completions.append(_Completion(Sequence(request), detokenizer, matcher))
         added: list[_Completion] = []
         try:
             for completion in group.completions:
@@ -249,6 +257,7 @@ class Engine:
         for sequence, token, logprobs in zip(step.sampled, sampled.token_ids, sampled.logprobs, strict=True):
             if sequence in live:
                 wait = self._accept(sequence, token, logprobs, now)
+                self._advance(sequence, token)
                 if wait is not None:
                     waits[wait] = waits.get(wait, 0) + 1
         for wait, num_tokens in waits.items():
@@ -320,9 +329,7 @@ class Engine:
         Queues and requests do not change. Raises what the programs and the sampler do.
         """
         with self._programs.own_threads():
-            logits = self.runner.run(step)
-            rows = [SamplingRow.from_sequence(sequence) for sequence in step.sampled]
-            return self._sampler.sample(logits, rows)
+            return self._sample(step.sampled, self.runner.run(step))
 
     def _check(self, request_id: str, prompt_token_ids: AnySequence[int], params: SamplingParams) -> None:
         if request_id in self._groups:
@@ -340,6 +347,43 @@ class Engine:
                 f" make {total}; allowed: max_seq_len {self.max_seq_len} in all. Lower max_tokens, shorten the prompt,"
                 " give max_tokens=None for as many as fit, or compile with a larger --max-seq-len"
             )
+
+    def _sample(self, sequences: AnySequence[Sequence], logits: torch.Tensor) -> SampledRows:
+        """Draws a token for each sequence; one that can have none ends alone, with the reason ERROR.
+
+        It gets token 0, which nobody reads, as the sequence is finished.
+        """
+        drawn = SampledRows([0] * len(sequences), [None] * len(sequences))
+        while live := [i for i, sequence in enumerate(sequences) if not sequence.is_finished]:
+            is_whole = len(live) == len(sequences)
+            try:
+                rows = [self._row(sequences[i]) for i in live]
+                sampled = self._sampler.sample(logits if is_whole else logits[live], rows)
+            except StepError as error:
+                self._end_alone(error)
+                continue
+            if is_whole:
+                return sampled
+            for i, token_id, logprobs in zip(live, sampled.token_ids, sampled.logprobs, strict=True):
+                drawn.token_ids[i], drawn.logprobs[i] = token_id, logprobs
+            break
+        return drawn
+
+    def _row(self, sequence: Sequence) -> SamplingRow:
+        owner = self._owner.get(sequence.request_id)
+        if owner is None:  # a step that is only timed
+            return SamplingRow.from_sequence(sequence)
+        group, completion = owner
+        mask = None if completion.matcher is None else completion.matcher.allowed()
+        return SamplingRow.from_sequence(sequence, group.rules, mask)
+
+    def _end_alone(self, error: StepError) -> None:
+        """Ends the sequences that an error names and no others; one that names none is of the whole step."""
+        if not error.request_ids:
+            raise error
+        for name in error.request_ids:
+            self.scheduler.finish(self._owner[name][1].sequence, FinishReason.ERROR)
+        self.failure = error
 
     def _accept(self, sequence: Sequence, token: int, logprobs: RowLogprobs | None, now: float) -> float | None:
         """Takes a token in; the seconds since the one before, or None for the first."""
@@ -368,6 +412,18 @@ class Engine:
         if stop is not None and not is_stop_token and sequence.num_output_tokens > params.min_tokens:
             detokenizer.cut(stop, keep=params.include_stop_str_in_output)
             self.scheduler.finish(sequence, FinishReason.STOP, stop)
+
+    def _advance(self, sequence: Sequence, token: int) -> None:
+        """Tells the matcher of a drawn token; ends an output that is complete where no token stands for the end."""
+        matcher = self._owner[sequence.request_id][1].matcher
+        if matcher is None or sequence.is_finished:
+            return
+        try:
+            matcher.advance(token)
+            if matcher.is_exhausted():
+                self.scheduler.finish(sequence, FinishReason.STOP)
+        except StepError as error:
+            self._end_alone(error)
 
     def _named(self, row: RowLogprobs) -> dict[int, Logprob]:
         name = self.tokenizer.decode_token if self._tokenizer_dir is not None else None

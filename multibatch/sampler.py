@@ -18,6 +18,7 @@ from typing import Final, Self
 import torch
 
 from multibatch.errors import StepError
+from multibatch.logits_masks import TokenRules
 from multibatch.request import Sequence as RunningSequence
 from multibatch.request import random_bits
 from multibatch.sampling_params import SamplingParams
@@ -45,24 +46,36 @@ class SamplingRow:
     prompt_token_ids: Sequence[int] = ()
     """Read only if `params.needs_history`."""
     output_token_ids: Sequence[int] = ()
-    """Read only if `params.needs_history`."""
+    """Read only if `params.needs_history`, or by `rules` with bad words."""
     forbidden_token_ids: Sequence[int] = ()
     """Tokens that may not be drawn now: the stop tokens while min_tokens is not reached."""
+    rules: TokenRules | None = None
+    """What the request's biases, allowed tokens and bad words do."""
+    grammar_mask: torch.Tensor | None = None
+    """bool[V]: the tokens that the form of the output allows now."""
     request_id: str = ""
     """Named in errors."""
 
     @classmethod
-    def from_sequence(cls, sequence: RunningSequence) -> Self:
-        """Describes the next token of `sequence`; its history is copied only if a penalty needs it."""
+    def from_sequence(
+        cls,
+        sequence: RunningSequence,
+        rules: TokenRules | None = None,
+        grammar_mask: torch.Tensor | None = None,
+    ) -> Self:
+        """Describes the next token of `sequence`; its history is copied only if a penalty or a bad word needs it."""
         request, params = sequence.request, sequence.request.params
         is_early = sequence.num_output_tokens < params.min_tokens
+        needs_output = params.needs_history or (rules is not None and rules.bad_words)
         return cls(
             params=params,
             seed=request.seed,
             position=sequence.num_tokens,
             prompt_token_ids=request.prompt_token_ids if params.needs_history else (),
-            output_token_ids=sequence.output_token_ids if params.needs_history else (),
+            output_token_ids=sequence.output_token_ids if needs_output else (),
             forbidden_token_ids=(*request.eos_token_ids, *params.stop_token_ids) if is_early else (),
+            rules=rules,
+            grammar_mask=grammar_mask,
             request_id=request.request_id,
         )
 
@@ -89,8 +102,9 @@ class SampledRows:
 class Sampler:
     """Draws one token per row, each by its own parameters.
 
-    Order of the transforms (vLLM's): repetition penalty, frequency and presence penalty, forbidden tokens, temperature,
-    min_p, top_k, top_p. Log-probabilities are of the logits as they came (vLLM's "raw_logprobs").
+    Order of the transforms (vLLM's): form of the output, allowed tokens, bad words, biases, repetition penalty, frequency
+    and presence penalty, forbidden tokens, temperature, min_p, top_k, top_p. Log-probabilities are of the logits as they
+    came (vLLM's "raw_logprobs").
     """
 
     def __init__(self, chunk_maxima: Callable[[torch.Tensor, int], torch.Tensor] | None = None) -> None:
@@ -132,7 +146,13 @@ class Sampler:
 
 def _is_plain(row: SamplingRow) -> bool:
     """Whether the row's token is the maximum of the logits as they came."""
-    return row.params.is_greedy and not row.params.needs_history and not row.forbidden_token_ids
+    return (
+        row.params.is_greedy
+        and row.rules is None
+        and row.grammar_mask is None
+        and not row.forbidden_token_ids
+        and not row.params.needs_history
+    )
 
 
 def chunk_maxima_of(scores: torch.Tensor, chunk: int) -> torch.Tensor:
@@ -161,7 +181,8 @@ def _first_maxima(scores: torch.Tensor, maxima: torch.Tensor, rows: Sequence[Sam
         names = ", ".join(f"{i} ({name})" if name else str(i) for i, name in bad)
         raise StepError(
             f"logits of row {names} have a NaN, an infinite maximum, or no token left to draw; allowed: finite"
-            " numbers, and -inf beside them. Check the model's dtype, or run it with the eager backend.",
+            " numbers, and -inf beside them. Loosen allowed_token_ids, bad_words or structured_outputs, if the row has any;"
+            " else check the model's dtype, or run it with the eager backend.",
             [name for _, name in bad],
         )
     chosen: list[int] = members.gather(1, best).flatten().tolist()
@@ -177,6 +198,10 @@ def _draw(
     scores[:, :vocabulary] = logits
     scores[:, vocabulary:] = -math.inf
     for i, row in enumerate(rows):
+        if row.grammar_mask is not None:
+            scores[i, : row.grammar_mask.shape[0]].masked_fill_(~row.grammar_mask, -math.inf)
+        if row.rules is not None:
+            row.rules.apply(scores[i], row.output_token_ids)
         if row.params.needs_history:
             _penalise(scores[i], row)
         if row.forbidden_token_ids:

@@ -9,17 +9,19 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-import numbers
-import operator
 import reprlib
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Self
 
+from multibatch import checks
+from multibatch.checks import refusal
 from multibatch.errors import ConfigError
+from multibatch.structured_outputs import StructuredOutputsParams
 
 _MAX_SEQUENCES: Final = 16384
+_MAX_BIAS: Final = 100.0
 _GREEDY_BELOW: Final = 1e-5
 _LOWEST_TEMPERATURE: Final = 0.01
 
@@ -103,16 +105,19 @@ class SamplingParams:
     skip_clone: bool = False
     """Lets `clone` return the object itself, which is frozen apart from its two lists."""
     # vLLM has internal fields at this place, so positions further on would not mean the same.
-    structured_outputs: object = field(default=None, kw_only=True)
-    """Not built."""
+    structured_outputs: StructuredOutputsParams | None = field(default=None, kw_only=True)
+    """The form that the whole output has to have: a JSON schema, a regular expression, a choice or a grammar."""
     logit_bias: Mapping[int, float] | None = field(default=None, kw_only=True)
-    """Not built; empty is none."""
+    """Added to these tokens' logits, cut off at -100 and 100; empty is none."""
     allowed_token_ids: Sequence[int] | None = field(default=None, kw_only=True)
-    """Not built."""
+    """The only tokens that may be drawn, end-of-sequence included if it may be; None is all. Reads as a list."""
     extra_args: Mapping[str, Any] | None = field(default=None, kw_only=True)
     """Not built; empty is none."""
     bad_words: Sequence[str] | None = field(default=None, kw_only=True)
-    """Not built; empty is none."""
+    """Words whose tokens, with or without a space before, are never completed in the output; empty is none.
+
+    The same letters may still come about from other tokens, as in vLLM. Reads as a list.
+    """
     skip_reading_prefix_cache: bool | None = field(default=None, kw_only=True)
     """Computes the whole prompt even where the pool has a part of it; None is False."""
     thinking_token_budget: int | None = field(default=None, kw_only=True)
@@ -163,17 +168,13 @@ _NOT_BUILT: Final[Mapping[str, tuple[object, str]]] = {
     "flat_logprobs": (False, "Leave it out and read `logprobs` as a list of dicts."),
     "spaces_between_special_tokens": (True, "Leave it out, or join the tokens yourself."),
     "stream_interval": (None, "Leave it out and gather the outputs yourself."),
-    "structured_outputs": (None, _WAIT),
-    "logit_bias": (None, _WAIT),
-    "allowed_token_ids": (None, _WAIT),
     "extra_args": (None, "Leave it out; there are no plug-ins that would read it."),
-    "bad_words": (None, _WAIT),
     "thinking_token_budget": (None, "Leave it out; `max_tokens` bounds the whole output."),
     "repetition_detection": (None, "Leave it out; `max_tokens` bounds the whole output."),
     "routed_experts_prompt_start": (0, "Leave it out; routed experts are not returned."),
     "trace_decode_token_ids": (None, _WAIT),
 }
-_EMPTY_IS_NONE: Final = ("logit_bias", "extra_args", "bad_words")
+_EMPTY_IS_NONE: Final = ("extra_args",)
 _BOOLS: Final = ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output", "skip_clone")
 _INTS: Final[Mapping[str, tuple[int, int | None, bool]]] = {  # lowest, highest, may be None
     "n": (1, _MAX_SEQUENCES, False),
@@ -200,18 +201,22 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
     for name, (lowest, highest, optional) in _INTS.items():
         if name == "logprobs" and values[name] is True:
             values[name] = 1
-        values[name] = _integer(name, values[name], lowest, highest, optional=optional)
+        values[name] = checks.integer(name, values[name], lowest, highest, optional=optional)
     for name, (is_allowed, allowed) in _FLOATS.items():
-        values[name] = _number(name, values[name], is_allowed, allowed)
+        values[name] = checks.number(name, values[name], is_allowed, allowed)
     for name in _BOOLS:
-        if not isinstance(values[name], bool):
-            raise _refusal(name, values[name], "True or False")
+        checks.boolean(name, values[name])
     if not isinstance(values["skip_reading_prefix_cache"], bool | None):
-        raise _refusal("skip_reading_prefix_cache", values["skip_reading_prefix_cache"], "True, False or None")
+        raise refusal("skip_reading_prefix_cache", values["skip_reading_prefix_cache"], "True, False or None")
     if not isinstance(values["output_kind"], RequestOutputKind):
-        raise _refusal("output_kind", values["output_kind"], "a RequestOutputKind")
+        raise refusal("output_kind", values["output_kind"], "a RequestOutputKind")
+    if not isinstance(values["structured_outputs"], StructuredOutputsParams | None):
+        raise refusal("structured_outputs", values["structured_outputs"], "a StructuredOutputsParams, or None")
     values["stop"] = _stop_strings(values["stop"])
-    values["stop_token_ids"] = _token_ids("stop_token_ids", values["stop_token_ids"])
+    values["stop_token_ids"] = checks.token_ids("stop_token_ids", values["stop_token_ids"])
+    values["logit_bias"] = checks.biases("logit_bias", values["logit_bias"], _MAX_BIAS)
+    values["allowed_token_ids"] = _allowed_token_ids(values["allowed_token_ids"])
+    values["bad_words"] = _bad_words(values["bad_words"])
     values["seed"] = None if values["seed"] == -1 else values["seed"]
     values["top_k"] = max(values["top_k"], 0)
     _normalise_temperature(values)
@@ -235,17 +240,18 @@ def _normalise_temperature(values: dict[str, Any]) -> None:
 def _check_together(values: dict[str, Any]) -> None:
     max_tokens, min_tokens = values["max_tokens"], values["min_tokens"]
     if max_tokens is not None and min_tokens > max_tokens:
-        raise _refusal("min_tokens", min_tokens, f"at most max_tokens, which is {max_tokens}")
+        raise refusal("min_tokens", min_tokens, f"at most max_tokens, which is {max_tokens}")
     if values["temperature"] == 0.0 and values["n"] > 1:
         allowed = "1 with temperature 0, as greedy completions would all be the same"
-        raise _refusal("n", values["n"], allowed, "Raise the temperature, or ask for one.")
+        raise refusal("n", values["n"], allowed, "Raise the temperature, or ask for one.")
     if values["stop"] and not values["detokenize"]:
         allowed = "none with detokenize=False, as strings are found in the text"
-        raise _refusal("stop", values["stop"], allowed, "Use stop_token_ids, or detokenize=True.")
-
-
-def _refusal(name: str, got: object, allowed: str, advice: str = "") -> ConfigError:
-    return ConfigError(f"{name} is {reprlib.repr(got)}; allowed: {allowed}. {advice}".rstrip())
+        raise refusal("stop", values["stop"], allowed, "Use stop_token_ids, or detokenize=True.")
+    if values["structured_outputs"] is not None:
+        for name, default in (("ignore_eos", False), ("min_tokens", 0)):
+            if values[name] != default:
+                allowed = f"{default} with structured_outputs, as a form that is complete leaves only the end"
+                raise refusal(name, values[name], allowed)
 
 
 def _refuse_unless_default(name: str, value: object, default: object, advice: str) -> object:
@@ -257,45 +263,23 @@ def _refuse_unless_default(name: str, value: object, default: object, advice: st
     raise ConfigError(f"{name} is {got}, which is not built yet; allowed: {default!r}. {advice}")
 
 
-def _integer(name: str, value: object, lowest: int, highest: int | None, *, optional: bool) -> int | None:
-    if value is None and optional:
-        return None
-    allowed = f"an integer from {lowest}" + (f" to {highest}" if highest is not None else "")
-    number = _index(value)
-    if number is None or number < lowest or (highest is not None and number > highest):
-        raise _refusal(name, value, allowed + (", or None" if optional else ""))
-    return number
-
-
-def _index(value: object) -> int | None:
-    """Returns an integer of any library as an int; None for anything else, bool included."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        return None
-    try:
-        return operator.index(value)
-    except TypeError:
-        return None
-
-
-def _number(name: str, value: object, is_allowed: Callable[[float], bool], allowed: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise _refusal(name, value, allowed)
-    number = float(value)
-    if not is_allowed(number):
-        raise _refusal(name, value, allowed)
-    return number
-
-
 def _stop_strings(value: object) -> list[str]:
     given = [] if value is None else [value] if isinstance(value, str) else value
     if isinstance(given, (list, tuple)) and all(isinstance(s, str) and s for s in given):
         return list(given)
-    raise _refusal("stop", value, "a string or a list of strings, none of them empty")
+    raise refusal("stop", value, "a string or a list of strings, none of them empty")
 
 
-def _token_ids(name: str, value: object) -> list[int]:
+def _allowed_token_ids(value: object) -> list[int] | None:
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)) and not value:
+        raise refusal("allowed_token_ids", value, "at least one token id, or None for all")
+    return checks.token_ids("allowed_token_ids", value)
+
+
+def _bad_words(value: object) -> list[str] | None:
     given = [] if value is None else value
-    ids = [_index(v) for v in given] if isinstance(given, (list, tuple)) else [None]
-    if any(i is None or i < 0 for i in ids):
-        raise _refusal(name, value, "a list of token ids, each 0 or more")
-    return list(dict.fromkeys(i for i in ids if i is not None))
+    if isinstance(given, (list, tuple)) and all(isinstance(s, str) and s.strip() for s in given):
+        return list(given) or None
+    raise refusal("bad_words", value, "a list of strings, each with more than white space; or None")

@@ -25,6 +25,16 @@ class Tokenizer:
         ids: list[int] = self.hf(text)["input_ids"]
         return ids
 
+    def encode_bare(self, text: str) -> list[int]:
+        """Ids of a piece of text, without special tokens."""
+        ids: list[int] = self.hf(text, add_special_tokens=False)["input_ids"]
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        """The text of several tokens together."""
+        text: str = self.hf.decode(list(token_ids), skip_special_tokens=skip_special_tokens)
+        return text
+
     def decode_token(self, token_id: int) -> str:
         """The text of one token alone."""
         text: str = self.hf.decode([token_id])

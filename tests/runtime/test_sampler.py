@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import math
+import random
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from multibatch.errors import StepError
+from multibatch.logits_masks import TokenRules
 from multibatch.request import Request, Sequence, random_bits
 from multibatch.sampler import Sampler, SamplingRow
 from multibatch.sampling_params import SamplingParams
@@ -31,9 +32,11 @@ def one_thread() -> Iterator[None]:
 
 
 def make_row(seed: int = 0, position: int = 0, **options: Any) -> SamplingRow:
-    names = ("prompt_token_ids", "output_token_ids", "forbidden_token_ids", "request_id")
+    names = ("prompt_token_ids", "output_token_ids", "forbidden_token_ids", "grammar_mask", "request_id")
     known = {name: options.pop(name) for name in names if name in options}
-    return SamplingRow(params=SamplingParams(**options), seed=seed, position=position, **known)
+    params = SamplingParams(**options)
+    rules = TokenRules.of(params, 100, lambda text: [ord(c) for c in text.strip()])
+    return SamplingRow(params=params, seed=seed, position=position, rules=rules, **known)
 
 
 def draw(logits: torch.Tensor, *rows: SamplingRow) -> list[int]:
@@ -164,6 +167,10 @@ OPTIONS: list[dict[str, Any]] = [
     {"min_p": 0.05, "presence_penalty": 0.5},
     {"temperature": 1.3, "top_k": 500, "top_p": 0.9, "frequency_penalty": 0.4, "logprobs": 3},
     {"top_k": 3, "forbidden_token_ids": (1, 2)},
+    {"temperature": 0, "logit_bias": {1: 4.0, 0: -3.0}},
+    {"allowed_token_ids": [0, 1], "logprobs": 1},
+    {"temperature": 0, "grammar_mask": torch.arange(3) == 1},
+    {"top_p": 0.9, "bad_words": ["\x00"], "frequency_penalty": 0.4},
 ]
 
 
@@ -177,8 +184,9 @@ def test_a_row_is_the_same_in_every_batch(vocabulary: int, dtype: torch.dtype) -
     for i, row in enumerate(rows):
         alone = Sampler().sample(logits[i : i + 1], [row])
         assert (alone.token_ids[0], alone.logprobs[0]) == (whole.token_ids[i], whole.logprobs[i])
-    for order in itertools.islice(itertools.permutations(range(len(rows))), 7, None, 5000):
-        mixed = Sampler().sample(logits[list(order)], [rows[i] for i in order])
+    for seed in range(8):
+        order = random.Random(seed).sample(range(len(rows)), len(rows))
+        mixed = Sampler().sample(logits[order], [rows[i] for i in order])
         assert mixed.token_ids == [whole.token_ids[i] for i in order]
         assert mixed.logprobs == [whole.logprobs[i] for i in order]
 
@@ -252,6 +260,25 @@ def test_forbidden_and_impossible_tokens_are_never_drawn(options: dict[str, Any]
     assert 1 not in many([0.0, -math.inf, 1.0], 200, **options)
 
 
+@pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 2}, {"top_p": 0.9, "presence_penalty": 1.0}])
+def test_only_what_rules_and_form_allow_is_drawn(options: dict[str, Any]) -> None:
+    logits = [9.0, 0.0, 9.0, 1.0, 9.0]
+    assert set(many(logits, 100, allowed_token_ids=[1, 3], **options)) <= {1, 3}
+    form = torch.tensor([False, True, True, True, False])
+    assert set(many(logits, 100, grammar_mask=form, bad_words=["\x02"], **options)) <= {1, 3}
+    assert set(many(logits, 100, grammar_mask=form, **options | {"temperature": 0})) == {2}
+    assert set(many(logits, 100, logit_bias={1: 100.0}, **options)) == {1}
+
+
+def test_biases_come_before_penalties_and_change_no_logprob() -> None:
+    logits = torch.tensor([[1.0, 2.0, 3.0, 0.0]])
+    row = make_row(temperature=0, logit_bias={1: 3.0}, repetition_penalty=2.0, prompt_token_ids=(1,), logprobs=0)
+    result = Sampler().sample(logits, [row])  # (2 + 3) / 2 is below 3, and 2 / 2 + 3 would be above it
+    assert result.token_ids == [2]
+    assert result.logprobs[0] is not None
+    assert result.logprobs[0].logprobs == pytest.approx([float(logits.log_softmax(-1)[0, 2])])
+
+
 @pytest.mark.parametrize("options", [{"temperature": 0}, {}, {"top_k": 2}])
 @pytest.mark.parametrize("bad", [[math.nan, 1.0], [1.0, math.inf], [-math.inf, -math.inf]])
 def test_logits_without_a_finite_maximum_are_refused_and_their_rows_named(
@@ -305,3 +332,17 @@ def test_a_row_is_made_from_a_sequence() -> None:
     assert (early.prompt_token_ids, early.output_token_ids) == ((), ())
     assert (later.position, later.forbidden_token_ids) == (4, ())
     assert (later.prompt_token_ids, later.output_token_ids) == ((5, 6), [8, 8])
+
+
+def test_a_row_copies_its_output_for_bad_words_alone() -> None:
+    def row_of(**options: Any) -> SamplingRow:
+        params = SamplingParams(**options)
+        request = Request(request_id="a", prompt_token_ids=(5, 6), params=params, seed=4)
+        rules = TokenRules.of(params, 100, lambda text: [ord(c) for c in text])
+        return SamplingRow.from_sequence(
+            Sequence(request, token_ids=[5, 6, 8]), rules, torch.ones(100, dtype=torch.bool)
+        )
+
+    assert row_of(bad_words=["A"]).output_token_ids == [8]
+    assert row_of(allowed_token_ids=[1]).output_token_ids == ()
+    assert row_of(logit_bias={1: 1.0}).grammar_mask is not None

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from multibatch.errors import ConfigError
 from multibatch.sampling_params import RequestOutputKind, SamplingParams
+from multibatch.structured_outputs import StructuredOutputsParams
 
 # vLLM 0.33's fields in its order, internal ones left out, with the values a default object has after its __post_init__.
 VLLM_DEFAULTS: dict[str, object] = {
@@ -58,6 +59,8 @@ VLLM_DEFAULTS: dict[str, object] = {
     "trace_decode_token_ids": None,
 }
 
+YES_OR_NO = StructuredOutputsParams(choice=["yes", "no"])
+
 NOT_BUILT: dict[str, list[object]] = {
     "watermarking": [{}, object()],
     "prompt_logprobs": [0, 1, -1, True, False],
@@ -67,12 +70,7 @@ NOT_BUILT: dict[str, list[object]] = {
     "flat_logprobs": [True, 1, None],
     "spaces_between_special_tokens": [False, None],
     "stream_interval": [1, 8],
-    "structured_outputs": [{"json": {}}],
-    "logit_bias": [{1: 2.0}],
-    "allowed_token_ids": [[], [4]],
     "extra_args": [{"a": 1}],
-    "bad_words": [["x"], "x"],
-    "skip_reading_prefix_cache": [True, False],
     "thinking_token_budget": [0, 64],
     "repetition_detection": [object()],
     "routed_experts_prompt_start": [1, False],
@@ -134,6 +132,10 @@ def test_an_empty_collection_asks_for_nothing(name: str, empty: object) -> None:
         *[("max_tokens", v) for v in (0, -1, 2.0, True)],
         *[("min_tokens", v) for v in (-1, 1.0, True, None, 17)],
         *[("logprobs", v) for v in (-2, 1.0, False, "1")],
+        *[("structured_outputs", v) for v in ({"json": {}}, "[a-z]+", True)],
+        *[("logit_bias", v) for v in ([1], {-1: 1.0}, {"x": 1.0}, {1.0: 1.0}, {1: "2"}, {1: True}, {1: math.nan}, 5)],
+        *[("allowed_token_ids", v) for v in ([], 5, [-1], ["1"], [1.0], [True], {1})],
+        *[("bad_words", v) for v in ("x", ["x", ""], [" "], ["\n"], [1], 5, {"a"}, [None])],
         *[("seed", v) for v in (1.0, True, "1", 2**64, -(2**63) - 1)],
         *[("presence_penalty", v) for v in (-2.01, 2.01, math.nan, "0", None, True)],
         *[("frequency_penalty", v) for v in (-2.01, 2.01, math.nan, "0", None, True)],
@@ -167,6 +169,8 @@ def test_an_error_is_also_a_value_error_and_shows_what_came() -> None:
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
         ({"temperature": 0, "n": 2}, "n"),
         ({"stop": "x", "detokenize": False}, "stop"),
+        ({"structured_outputs": YES_OR_NO, "ignore_eos": True}, "ignore_eos"),
+        ({"structured_outputs": YES_OR_NO, "min_tokens": 3}, "min_tokens"),
     ],
 )
 def test_values_that_contradict_each_other_are_refused(options: dict[str, Any], name: str) -> None:
@@ -211,6 +215,10 @@ def test_normalised_as_vllm_does() -> None:
     assert SamplingParams(top_k=-1).top_k == 0
     assert SamplingParams(logprobs=True).logprobs == 1
     assert SamplingParams(logprobs=0).logprobs == 0
+    assert SamplingParams(logit_bias={3: 500, 4: -math.inf, "5": 1}).logit_bias == {3: 100.0, 4: -100.0, 5: 1.0}  # type: ignore[dict-item]
+    assert SamplingParams(allowed_token_ids=(3, 1, 3)).allowed_token_ids == [3, 1]
+    assert SamplingParams(bad_words=("a", "b")).bad_words == ["a", "b"]
+    assert SamplingParams(structured_outputs=YES_OR_NO).structured_outputs == YES_OR_NO
 
 
 def test_numbers_of_other_libraries_become_plain_ones() -> None:
@@ -250,7 +258,9 @@ def test_a_clone_is_equal_and_shares_no_list() -> None:
 
 @pytest.mark.parametrize("kind", RequestOutputKind)
 def test_every_output_kind_is_accepted_and_copies_survive(kind: RequestOutputKind) -> None:
-    params = SamplingParams(output_kind=kind, stop=["x"], logprobs=2)
+    params = SamplingParams(
+        output_kind=kind, stop=["x"], logprobs=2, logit_bias={1: 2.0}, bad_words=["b"], structured_outputs=YES_OR_NO
+    )
     assert pickle.loads(pickle.dumps(params)) == copy.deepcopy(params) == params
 
 
