@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as AnySequence
@@ -38,7 +39,7 @@ from multibatch.request import (
     resolve_seed,
 )
 from multibatch.runner import Runner
-from multibatch.sampler import RowLogprobs, SampledRows, Sampler, SamplingRow
+from multibatch.sampler import RowLogprobs, SampledRows, Sampler, SamplingRow, row_logprobs
 from multibatch.sampling_params import RequestOutputKind, SamplingParams
 from multibatch.scheduled_step import ScheduledStep
 from multibatch.scheduler import Scheduler, SchedulerConfig
@@ -78,6 +79,7 @@ class _Group:
     params: SamplingParams
     completions: list[_Completion]
     rules: TokenRules | None
+    prompt_logprobs: list[dict[int, Logprob] | None]
     arrival_time: float
     queued_ts: float
 
@@ -191,13 +193,18 @@ class Engine:
         rules = self._constraints.rules(request_id, params)
         now = time.monotonic()
         queued = now if arrived is None else arrived
-        group = _Group(request_id, prompt, list(prompt_token_ids), params, [], rules, time.time() - (now - queued), queued)
+        group = _Group(
+            request_id, prompt, list(prompt_token_ids), params, [], rules, [None], time.time() - (now - queued), queued
+        )
         number = self._num_requests
         for child in range(params.n):
+            # One of them tells of the prompt for all.
+            is_mute = child > 0 and params.prompt_logprobs is not None
+            own = dataclasses.replace(params, prompt_logprobs=None) if is_mute else params
             request = Request(
                 request_id=request_id if params.n == 1 else f"{request_id}#{child}",
                 prompt_token_ids=tuple(prompt_token_ids),
-                params=params,
+                params=own,
                 prompt=prompt,
                 arrival_time=group.arrival_time,
                 seed=resolve_seed(params.seed, number, self._seed, child_index=child),
@@ -329,7 +336,9 @@ class Engine:
         Queues and requests do not change. Raises what the programs and the sampler do.
         """
         with self._programs.own_threads():
-            return self._sample(step.sampled, self.runner.run(step))
+            logits, num_sampled = self.runner.run(step), len(step.sampled)
+            self._note_prompt_logprobs(step, logits[num_sampled:])
+            return self._sample(step.sampled, logits[:num_sampled])
 
     def _check(self, request_id: str, prompt_token_ids: AnySequence[int], params: SamplingParams) -> None:
         if request_id in self._groups:
@@ -339,6 +348,12 @@ class Engine:
         if beyond:
             raise RequestError(
                 f"request {request_id!r}: token id {beyond[0]} in the prompt; allowed: 0 to {vocabulary - 1}"
+            )
+        if params.prompt_logprobs is not None and self.manifest.step is None:
+            raise RequestError(
+                f"request {request_id!r}: prompt_logprobs is {params.prompt_logprobs}, and the artifact's programs for"
+                " prompts give the logits of the last token alone; allowed: None. Leave it out, or compile without"
+                " --prefill-chunk-sizes"
             )
         total = len(prompt_token_ids) + (params.max_tokens or 1)
         if len(prompt_token_ids) and total > self.max_seq_len:
@@ -384,6 +399,21 @@ class Engine:
         for name in error.request_ids:
             self.scheduler.finish(self._owner[name][1].sequence, FinishReason.ERROR)
         self.failure = error
+
+    def _note_prompt_logprobs(self, step: ScheduledStep, logits: torch.Tensor) -> None:
+        """Takes in the logits of every chunk's `prompt_positions`, one chunk after the other."""
+        row = 0
+        for chunk in step.prefill:
+            if not chunk.prompt_positions:
+                continue
+            group = self._owner[chunk.sequence.request_id][0]
+            top = group.params.prompt_logprobs
+            for position in chunk.prompt_positions:
+                # Others were given before a preemption.
+                if top is not None and position + 1 == len(group.prompt_logprobs):
+                    token_id = group.prompt_token_ids[position + 1]
+                    group.prompt_logprobs.append(self._named(row_logprobs(logits[row], token_id, top)))
+                row += 1
 
     def _accept(self, sequence: Sequence, token: int, logprobs: RowLogprobs | None, now: float) -> float | None:
         """Takes a token in; the seconds since the one before, or None for the first."""
@@ -448,11 +478,15 @@ class Engine:
             self._forget(group)
         elif kind is RequestOutputKind.FINAL_ONLY:
             return None
+        prompt_logprobs = None if group.params.prompt_logprobs is None else group.prompt_logprobs
+        if prompt_logprobs is not None and kind is RequestOutputKind.DELTA:
+            is_due = finished or len(prompt_logprobs) == len(group.prompt_token_ids)
+            prompt_logprobs, group.prompt_logprobs = (prompt_logprobs, []) if is_due else ([], prompt_logprobs)
         return RequestOutput(
             group.request_id,
             group.prompt,
             group.prompt_token_ids,
-            None,
+            prompt_logprobs,
             outputs,
             finished,
             _metrics(group),

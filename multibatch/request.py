@@ -243,7 +243,11 @@ class RequestOutput:
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int] | None
-    prompt_logprobs: None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    """Per token of the prompt, if `SamplingParams.prompt_logprobs` asked: None first, then as `CompletionOutput.logprobs`.
+
+    With output_kind DELTA only the first output has it, and the others an empty list.
+    """
     outputs: list[CompletionOutput]
     finished: bool
     """Whether all completions are finished."""

@@ -46,7 +46,7 @@ class Runner:
         self.program_uses: dict[str, ProgramUse] = {}
 
     def run(self, step: ScheduledStep) -> torch.Tensor:
-        """Logits of the step's sampled sequences, [len(step.sampled), V], in that order."""
+        """Logits of the step's sampled sequences, in that order, then of each chunk's `prompt_positions`: [n, V]."""
         rows = [
             DecodeRow(seq.token_ids[seq.num_computed_tokens - 1], seq.num_computed_tokens - 1, seq.block_ids)
             for seq in step.decode
@@ -72,7 +72,7 @@ class Runner:
         logits = self._programs.run(STEP, inputs, self._pool)
         num_tokens = step.num_prefill_tokens + len(rows)
         self._record(STEP, num_tokens, num_tokens, start)
-        return logits[: len(step.sampled)]
+        return logits[: len(step.sampled) + sum(len(chunk.prompt_positions) for chunk in step.prefill)]
 
     def _prefill(self, step: ScheduledStep) -> torch.Tensor:
         size = select_chunk(step.num_prefill_tokens, self._manifest.prefill_chunk_sizes)

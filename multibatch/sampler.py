@@ -138,7 +138,7 @@ class Sampler:
                 for i, token_id in zip(changed, drawn, strict=True):
                     token_ids[i] = token_id
             logprobs = [
-                None if k is None else _row_logprobs(logits[i], token_ids[i], k)
+                None if k is None else row_logprobs(logits[i], token_ids[i], k)
                 for i, k in enumerate(row.params.logprobs for row in rows)
             ]
         return SampledRows(token_ids, logprobs)
@@ -298,7 +298,7 @@ def _cut_nucleus(weights: torch.Tensor, scores: torch.Tensor, peak: torch.Tensor
     weights[order[count:]] = 0
 
 
-def _row_logprobs(logits: torch.Tensor, token_id: int, top: int) -> RowLogprobs:
+def row_logprobs(logits: torch.Tensor, token_id: int, top: int) -> RowLogprobs:
     """Log-probabilities of `token_id` and the `top` likeliest (-1: all), from the raw logits [V]."""
     vocabulary = logits.shape[0]
     logprobs = logits.to(torch.float32, copy=True).log_softmax(0)

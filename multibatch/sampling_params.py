@@ -81,7 +81,7 @@ class SamplingParams:
     logprobs: int | None = None
     """Likeliest tokens to report per position, besides the drawn one; -1 is the whole vocabulary."""
     prompt_logprobs: int | None = None
-    """Not built."""
+    """Likeliest tokens to report per position of the prompt, besides its own token; -1 is the whole vocabulary."""
     prompt_logprob_token_ids: Sequence[int] | None = None
     """Not built."""
     prompt_logprob_start: int | None = None
@@ -119,7 +119,7 @@ class SamplingParams:
     The same letters may still come about from other tokens, as in vLLM. Reads as a list.
     """
     skip_reading_prefix_cache: bool | None = field(default=None, kw_only=True)
-    """Computes the whole prompt even where the pool has a part of it; None is False."""
+    """Computes the whole prompt even where the pool has a part of it; None is False, with prompt_logprobs True."""
     thinking_token_budget: int | None = field(default=None, kw_only=True)
     """Not built."""
     repetition_detection: object = field(default=None, kw_only=True)
@@ -161,9 +161,8 @@ class SamplingParams:
 _WAIT: Final = "Leave it out, or run this request on an engine that has it."
 _NOT_BUILT: Final[Mapping[str, tuple[object, str]]] = {
     "watermarking": (None, _WAIT),
-    "prompt_logprobs": (None, "Leave it out; `logprobs` covers the generated tokens."),
-    "prompt_logprob_token_ids": (None, "Leave it out; `logprobs` covers the generated tokens."),
-    "prompt_logprob_start": (None, "Leave it out; `logprobs` covers the generated tokens."),
+    "prompt_logprob_token_ids": (None, "Use `prompt_logprobs`, -1 being the whole vocabulary."),
+    "prompt_logprob_start": (None, "Use `prompt_logprobs`, which covers the whole prompt."),
     "logprob_token_ids": (None, "Use `logprobs`, -1 being the whole vocabulary."),
     "flat_logprobs": (False, "Leave it out and read `logprobs` as a list of dicts."),
     "spaces_between_special_tokens": (True, "Leave it out, or join the tokens yourself."),
@@ -183,6 +182,7 @@ _INTS: Final[Mapping[str, tuple[int, int | None, bool]]] = {  # lowest, highest,
     "max_tokens": (1, None, True),
     "min_tokens": (0, None, False),
     "logprobs": (-1, None, True),
+    "prompt_logprobs": (-1, None, True),
 }
 _FLOATS: Final[Mapping[str, tuple[Callable[[float], bool], str]]] = {
     "presence_penalty": (lambda x: -2.0 <= x <= 2.0, "a number in [-2, 2]"),
@@ -199,7 +199,7 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
     for name, (default, advice) in _NOT_BUILT.items():
         values[name] = _refuse_unless_default(name, values[name], default, advice)
     for name, (lowest, highest, optional) in _INTS.items():
-        if name == "logprobs" and values[name] is True:
+        if name in ("logprobs", "prompt_logprobs") and values[name] is True:
             values[name] = 1
         values[name] = checks.integer(name, values[name], lowest, highest, optional=optional)
     for name, (is_allowed, allowed) in _FLOATS.items():
@@ -221,6 +221,8 @@ def _checked(values: dict[str, Any]) -> dict[str, Any]:
     values["top_k"] = max(values["top_k"], 0)
     _normalise_temperature(values)
     _check_together(values)
+    if values["prompt_logprobs"] is not None:
+        values["skip_reading_prefix_cache"] = True
     return values
 
 
@@ -247,6 +249,9 @@ def _check_together(values: dict[str, Any]) -> None:
     if values["stop"] and not values["detokenize"]:
         allowed = "none with detokenize=False, as strings are found in the text"
         raise refusal("stop", values["stop"], allowed, "Use stop_token_ids, or detokenize=True.")
+    if values["prompt_logprobs"] is not None and values["skip_reading_prefix_cache"] is False:
+        allowed = "True or None with prompt_logprobs, as what is read from the pool gives no logits"
+        raise refusal("skip_reading_prefix_cache", False, allowed)
     if values["structured_outputs"] is not None:
         for name, default in (("ignore_eos", False), ("min_tokens", 0)):
             if values[name] != default:

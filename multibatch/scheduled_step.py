@@ -29,6 +29,17 @@ class PrefillChunk:
         """The position behind the chunk's last token."""
         return self.start + self.num_tokens
 
+    @property
+    def prompt_positions(self) -> range:
+        """Positions whose logits are wanted besides the last one's, for prompt_logprobs: each tells of the next token.
+
+        None where the sequence has output: they were given before it was preempted.
+        """
+        sequence = self.sequence
+        if sequence.request.params.prompt_logprobs is None or sequence.num_output_tokens:
+            return range(0)
+        return range(self.start, min(self.stop, sequence.num_prompt_tokens - 1))
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledStep:

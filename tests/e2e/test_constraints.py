@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from multibatch import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
 from multibatch.artifact import Artifact
@@ -173,3 +174,71 @@ def test_an_artifact_without_an_end_token_stops_where_the_form_is_complete(demo_
     output = engine.run_all()["r"].outputs[0]
     assert output.text in CHOICES
     assert (output.finish_reason, output.stop_reason) == ("stop", None)
+
+
+def logprobs_of(model: Any, prompt: list[int]) -> torch.Tensor:
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.tensor([prompt])).logits[0]
+    return logits.float().log_softmax(-1)
+
+
+@pytest.mark.parametrize("top", [0, 3, -1])
+def test_prompt_logprobs_are_those_of_transformers(llm: LLM, demo_model: Path, top: int) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(demo_model, dtype=torch.float32).eval()
+    prompts = [*prompts_of(6, seed=2), [5], [7] * 33]  # longer than a call takes, and of one token
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, prompt_logprobs=top)
+    llm.generate(prompts, replace(params, prompt_logprobs=None), use_tqdm=False)  # their blocks are cached now
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    for prompt, output in zip(prompts, outputs, strict=True):
+        found = output.prompt_logprobs
+        assert found is not None
+        assert found[0] is None
+        assert len(found) == len(prompt)
+        expected = logprobs_of(model, prompt)
+        for position, entries in enumerate(found[1:], 1):
+            row = expected[position - 1]
+            assert entries is not None
+            assert len(entries) in ((768,) if top == -1 else (top, top + 1) if top else (1,))
+            assert prompt[position] in entries
+            for token, entry in entries.items():
+                assert entry.logprob == pytest.approx(float(row[token]), abs=1e-3)
+        assert (
+            output.outputs[0].token_ids
+            == ids(llm.generate([prompt], replace(params, prompt_logprobs=None), use_tqdm=False))[0]
+        )
+
+
+def test_prompt_logprobs_in_a_batch_with_others_and_in_pieces(demo_artifact: Path, llm: LLM) -> None:
+    prompts = prompts_of(8, seed=5)
+    wanted = [
+        SamplingParams(temperature=0.9, seed=i, max_tokens=100, ignore_eos=True, prompt_logprobs=2 if i % 2 else None)
+        for i in range(8)
+    ]
+    plain = [replace(p, prompt_logprobs=None) for p in wanted]
+    small = LLM(demo_artifact, num_kv_blocks=8, num_threads=1)  # preempts
+    outputs, others = llm.generate(prompts, wanted, use_tqdm=False), small.generate(prompts, wanted, use_tqdm=False)
+    assert sum(o.metrics.num_preemptions for o in others[1::2] if o.metrics) > 0
+    assert ids(outputs) == ids(others) == ids(llm.generate(prompts, plain, use_tqdm=False))
+    assert [o.prompt_logprobs for o in outputs] == [o.prompt_logprobs for o in others]
+    assert [o.prompt_logprobs is None for o in outputs] == [True, False] * 4
+    alone = [llm.generate([p], [s], use_tqdm=False)[0] for p, s in zip(prompts, wanted, strict=True)]
+    assert [o.prompt_logprobs for o in alone] == [o.prompt_logprobs for o in outputs]
+
+
+def test_prompt_logprobs_of_several_completions_come_once_and_with_the_first_delta(llm: LLM) -> None:
+    params = SamplingParams(n=3, temperature=1.0, seed=1, max_tokens=4, ignore_eos=True, prompt_logprobs=1)
+    prompt = prompts_of(1, seed=7)[0]
+    (output,) = llm.generate([prompt], params, use_tqdm=False)
+    assert output.prompt_logprobs is not None
+    assert len(output.prompt_logprobs) == len(prompt)
+    deltas = list(llm.stream(prompt, replace(params, output_kind=RequestOutputKind.DELTA)))
+    assert deltas[0].prompt_logprobs == output.prompt_logprobs
+    assert len(deltas) > 1
+    assert all(delta.prompt_logprobs == [] for delta in deltas[1:])
+
+
+def test_prompt_logprobs_need_a_program_that_gives_them(eager_artifact: Path) -> None:
+    with pytest.raises(RequestError, match="prompt_logprobs is 1, and the artifact's programs"):
+        LLM(eager_artifact).generate([[5, 6]], SamplingParams(prompt_logprobs=1), use_tqdm=False)

@@ -55,3 +55,21 @@ def test_padded_rows_stand_on_the_scratch_block() -> None:
         [3, 6, 1, 1],
         [0, 1, 2, 3],
     ]
+
+
+def test_prompt_logprobs_ask_for_the_positions_before_prompt_tokens() -> None:
+    def asking(num_prompt: int, num_output: int, start: int, num_tokens: int) -> PrefillChunk:
+        params = SamplingParams(prompt_logprobs=1)
+        request = Request(request_id="r", prompt_token_ids=(5,) * num_prompt, params=params, seed=0)
+        sequence = Sequence(request, token_ids=[5] * (num_prompt + num_output), block_ids=[1, 2, 3])
+        return PrefillChunk(sequence, start, num_tokens)
+
+    assert asking(10, 0, 0, 4).prompt_positions == range(4)
+    assert asking(10, 0, 4, 6).prompt_positions == range(4, 9)  # the last one's logits are of the first new token
+    assert len(asking(10, 0, 9, 1).prompt_positions) == 0
+    assert len(asking(10, 2, 0, 12).prompt_positions) == 0  # preempted: they were given
+    assert len(WHOLE.prompt_positions) == 0
+    # Sampled tokens first, then every position asked for.
+    chunks = [BEGUN, asking(10, 0, 4, 6), WHOLE]
+    assert step_inputs(chunks, ROWS, 3, 4).logits_to_keep.tolist() == [10, 13, 14, 15, 5, 6, 7, 8, 9]
+    assert step_inputs([asking(9, 0, 0, 3)], (), 3, 4).logits_to_keep.tolist() == [0, 1, 2]

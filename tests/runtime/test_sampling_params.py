@@ -63,7 +63,6 @@ YES_OR_NO = StructuredOutputsParams(choice=["yes", "no"])
 
 NOT_BUILT: dict[str, list[object]] = {
     "watermarking": [{}, object()],
-    "prompt_logprobs": [0, 1, -1, True, False],
     "prompt_logprob_token_ids": [[], [1]],
     "prompt_logprob_start": [0, 3],
     "logprob_token_ids": [[], [1, 2]],
@@ -132,6 +131,7 @@ def test_an_empty_collection_asks_for_nothing(name: str, empty: object) -> None:
         *[("max_tokens", v) for v in (0, -1, 2.0, True)],
         *[("min_tokens", v) for v in (-1, 1.0, True, None, 17)],
         *[("logprobs", v) for v in (-2, 1.0, False, "1")],
+        *[("prompt_logprobs", v) for v in (-2, 1.0, False, "1")],
         *[("structured_outputs", v) for v in ({"json": {}}, "[a-z]+", True)],
         *[("logit_bias", v) for v in ([1], {-1: 1.0}, {"x": 1.0}, {1.0: 1.0}, {1: "2"}, {1: True}, {1: math.nan}, 5)],
         *[("allowed_token_ids", v) for v in ([], 5, [-1], ["1"], [1.0], [True], {1})],
@@ -169,6 +169,7 @@ def test_an_error_is_also_a_value_error_and_shows_what_came() -> None:
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
         ({"temperature": 0, "n": 2}, "n"),
         ({"stop": "x", "detokenize": False}, "stop"),
+        ({"prompt_logprobs": 1, "skip_reading_prefix_cache": False}, "skip_reading_prefix_cache"),
         ({"structured_outputs": YES_OR_NO, "ignore_eos": True}, "ignore_eos"),
         ({"structured_outputs": YES_OR_NO, "min_tokens": 3}, "min_tokens"),
     ],
@@ -215,6 +216,8 @@ def test_normalised_as_vllm_does() -> None:
     assert SamplingParams(top_k=-1).top_k == 0
     assert SamplingParams(logprobs=True).logprobs == 1
     assert SamplingParams(logprobs=0).logprobs == 0
+    assert SamplingParams(prompt_logprobs=True).prompt_logprobs == 1
+    assert SamplingParams(prompt_logprobs=0).skip_reading_prefix_cache is True
     assert SamplingParams(logit_bias={3: 500, 4: -math.inf, "5": 1}).logit_bias == {3: 100.0, 4: -100.0, 5: 1.0}  # type: ignore[dict-item]
     assert SamplingParams(allowed_token_ids=(3, 1, 3)).allowed_token_ids == [3, 1]
     assert SamplingParams(bad_words=("a", "b")).bad_words == ["a", "b"]
