@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from multibatch.async_engine import AsyncEngine
+    from multibatch.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from multibatch.errors import MultibatchError
     from multibatch.llm import LLM
     from multibatch.request import CompletionOutput, Logprob, RequestOutput
@@ -18,6 +19,9 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "Logprob",
     "MultibatchError",
@@ -31,6 +35,9 @@ __all__ = [
 _HOMES = {
     "LLM": "multibatch.llm",
     "AsyncEngine": "multibatch.async_engine",
+    "BeamSearchOutput": "multibatch.beam_search",
+    "BeamSearchParams": "multibatch.beam_search",
+    "BeamSearchSequence": "multibatch.beam_search",
     "CompletionOutput": "multibatch.request",
     "Logprob": "multibatch.request",
     "MultibatchError": "multibatch.errors",

@@ -10,6 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from multibatch.beam_search import BeamSearchOutput, BeamSearchParams, beam_search
 from multibatch.errors import ConfigError, RequestError
 from multibatch.metrics import CallRecord
 from multibatch.open_engine import open_engine, open_or_compile
@@ -140,6 +141,19 @@ class LLM:
             self._raise_failure({request_id})
         finally:
             self.engine.abort(request_id)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, **not_built: Any
+    ) -> list[BeamSearchOutput]:
+        """The likeliest continuations of every prompt, as far as a search of `params.beam_width` beams finds them.
+
+        Raises:
+            RequestError: a prompt with its longest beam can never run here; nothing was run.
+            StepError: a step failed.
+        """
+        _refuse_not_built(not_built)
+        encoded = [self._encode(prompt) for prompt in _listed(prompts)]
+        return beam_search(self.engine, [(ids, salt) for _, ids, salt in encoded], params)
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer."""
