@@ -14,7 +14,7 @@ from multibatch.beam_search import BeamSearchOutput, BeamSearchParams, beam_sear
 from multibatch.errors import ConfigError, RequestError
 from multibatch.metrics import CallRecord
 from multibatch.open_engine import open_engine, open_or_compile
-from multibatch.prompts import Prompt, encode_prompt, listed_prompts
+from multibatch.prompts import EncodedPrompt, Prompt, encode_prompt, listed_prompts
 from multibatch.request import RequestOutput
 from multibatch.sampling_params import RequestOutputKind, SamplingParams
 
@@ -152,8 +152,8 @@ class LLM:
             StepError: a step failed.
         """
         _refuse_not_built(not_built)
-        encoded = [self._encode(prompt) for prompt in _listed(prompts)]
-        return beam_search(self.engine, [(ids, salt) for _, ids, salt in encoded], params)
+        encoded = [self._encode(prompt) for prompt in listed_prompts(prompts)]
+        return beam_search(self.engine, [(prompt.token_ids, prompt.cache_salt) for prompt in encoded], params)
 
     def get_tokenizer(self) -> Any:
         """The transformers tokenizer."""
@@ -198,7 +198,7 @@ class LLM:
         added: list[str] = []
         try:
             for prompt, p, rank in zip(given, params, priority or [0] * len(given), strict=True):
-                encoded = encode_prompt(prompt, lambda text: self.engine.tokenizer.encode(text))
+                encoded = self._encode(prompt)
                 p = p if kind is None else dataclasses.replace(p, output_kind=kind)
                 request_id = str(next(self._ids))
                 self.engine.add_request(
@@ -210,6 +210,10 @@ class LLM:
                 self.engine.abort(request_id)
             raise
         return added
+
+    def _encode(self, prompt: Prompt) -> EncodedPrompt:
+        # Prompts of ids need no tokenizer, so it is only asked for by text.
+        return encode_prompt(prompt, lambda text: self.engine.tokenizer.encode(text))
 
     def _finish(self, request_ids: Sequence[str], use_tqdm: bool) -> list[RequestOutput]:
         done: dict[str, RequestOutput] = {}
