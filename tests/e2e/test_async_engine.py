@@ -81,11 +81,13 @@ async def serving(artifact: Path, **options: Any) -> AsyncIterator[Served]:
         await it.served.wait_closed()
 
 
-def run(main: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(main, LIMIT_S))
+def run(main: Coroutine[Any, Any, None], limit_s: float = LIMIT_S) -> None:
+    asyncio.run(asyncio.wait_for(main, limit_s))
 
 
-def test_many_at_once_get_what_each_gets_from_llm(eager_artifact: Path) -> None:
+@pytest.mark.parametrize("artifact", ["eager_artifact", "demo_artifact"])
+def test_many_at_once_get_what_each_gets_from_llm(artifact: str, request: pytest.FixtureRequest) -> None:
+    folder: Path = request.getfixturevalue(artifact)
     rng = random.Random(0)
     prompts = [[rng.randrange(16, 300) for _ in range(rng.randrange(1, 40))] for _ in range(24)]
     kinds = list(RequestOutputKind)
@@ -100,7 +102,7 @@ def test_many_at_once_get_what_each_gets_from_llm(eager_artifact: Path) -> None:
         )
         for i in range(24)
     ]
-    llm = LLM(eager_artifact)
+    llm = LLM(folder)
     expected = [llm.generate(p, s, use_tqdm=False)[0] for p, s in zip(prompts, params, strict=True)]
 
     async def one(engine: AsyncEngine, i: int) -> list[tuple[list[int], str]]:
@@ -112,7 +114,7 @@ def test_many_at_once_get_what_each_gets_from_llm(eager_artifact: Path) -> None:
         return found
 
     async def main() -> None:
-        async with AsyncEngine(eager_artifact) as engine:
+        async with AsyncEngine(folder) as engine:
             results = await asyncio.gather(*(one(engine, i) for i in range(24)))
         for found, output in zip(results, expected, strict=True):
             assert found == [(c.token_ids, c.text) for c in output.outputs]
@@ -474,7 +476,7 @@ def test_while_idle_nothing_runs(eager_artifact: Path) -> None:
 
 
 class Soak:
-    """10,000 requests from impatient clients through an engine whose steps fail and stall."""
+    """10,000 requests from impatient clients through an engine whose steps fail and stall, and whose pool is too small."""
 
     num_requests = 10_000
     num_clients = 64
@@ -502,7 +504,7 @@ class Soak:
     async def request(self, name: str) -> str:
         rng = self.rng
         prompt = [rng.randrange(16, 300) for _ in range(rng.choice((1, 3, 8, 20)))]
-        num_tokens = rng.choice((1, 2, 4, 8))
+        num_tokens = rng.choice((1, 2, 4, 8) * 5 + (40,))
         kind = rng.choice(list(RequestOutputKind))
         params = SamplingParams(
             temperature=0.0, max_tokens=num_tokens, ignore_eos=True, detokenize=False, output_kind=kind
@@ -547,7 +549,7 @@ class Soak:
 
 def test_ten_thousand_requests_and_none_is_lost(eager_artifact: Path) -> None:
     async def main() -> None:
-        async with serving(eager_artifact, num_kv_blocks=6, max_queued_requests=50) as it:
+        async with serving(eager_artifact, num_kv_blocks=4, max_queued_requests=50) as it:
             soak = Soak(it, seed=11)
             await asyncio.gather(*(soak.client() for _ in range(soak.num_clients)))
             assert soak.ended.total() == soak.num_requests
@@ -555,7 +557,8 @@ def test_ten_thousand_requests_and_none_is_lost(eager_artifact: Path) -> None:
             assert soak.ended["length"] > soak.num_requests / 2
             assert all(soak.ended[end] > 10 for end in ("failed", "timed out", "left", "abort"))
             assert soak.refused > 0
+            assert it.engine.stats.num_preemptions > 100
             await it.is_empty()
             await it.served.check_health()
 
-    run(main())
+    run(main(), limit_s=5 * LIMIT_S)
