@@ -231,8 +231,8 @@ def test_abort_by_name(eager_artifact: Path) -> None:
             names = ["a", "b", "c", "d"]
             tasks = {n: asyncio.create_task(last(it.served.generate([5], LONG, n))) for n in names}
             await it.until(lambda: it.programs.num_calls > 5)
+            await it.served.abort(["c", "unknown"])  # before the place of "a" is free
             await it.served.abort("a")
-            await it.served.abort(["c", "unknown"])
             done = {name: (await task).outputs[0] for name, task in tasks.items()}
             assert [done[n].finish_reason for n in names] == ["abort", "length", "abort", "length"]
             assert 0 < len(done["a"].token_ids) < 100
