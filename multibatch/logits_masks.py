@@ -25,8 +25,8 @@ class TokenRules:
     """int64[n]: the tokens whose logits get a bias."""
     biases: torch.Tensor | None = None
     """float32[n]."""
-    refused: torch.Tensor | None = None
-    """bool[V]: the tokens that `allowed_token_ids` leaves out."""
+    barrier: torch.Tensor | None = None
+    """float32[V]: what keeps the draw to `allowed_token_ids`."""
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token sequences that the output may not contain."""
 
@@ -56,31 +56,39 @@ class TokenRules:
         _refuse_beyond("allowed_token_ids", allowed or (), vocab_size)
         words = _encoded(params.bad_words or (), vocab_size, encode)
         never = {ids[0] for ids in words if len(ids) == 1} | set(stop_ids if params.min_tokens else ())
-        refused = None
+        kept = None
         if allowed is not None:
             if never.issuperset(allowed):
                 raise RequestError(
                     f"allowed_token_ids are {_shown(allowed)}, and bad_words or min_tokens forbid every one of them;"
                     " allowed: at least one token that may be drawn. Allow more, or forbid less."
                 )
-            refused = torch.ones(vocab_size, dtype=torch.bool)
-            refused[torch.tensor(allowed)] = False
+            kept = torch.zeros(vocab_size, dtype=torch.bool)
+            kept[torch.tensor(allowed)] = True
         return cls(
             biased_ids=torch.tensor(list(bias)) if bias else None,
             biases=torch.tensor(list(bias.values()), dtype=torch.float32) if bias else None,
-            refused=refused,
+            barrier=None if kept is None else barrier(kept),
             bad_words=words,
         )
 
     def apply(self, scores: torch.Tensor, output_token_ids: Sequence[int]) -> None:
         """Changes the scores, float32[V or more], of the token after `output_token_ids`, which only bad words read."""
-        if self.refused is not None:
-            scores[: self.refused.shape[0]].masked_fill_(self.refused, -math.inf)
+        if self.barrier is not None:
+            scores[: self.barrier.shape[0]] += self.barrier
         ending = [ids[-1] for ids in self.bad_words if _ends_with(output_token_ids, ids[:-1])]
         if ending:
             scores[torch.tensor(ending)] = -math.inf
         if self.biased_ids is not None and self.biases is not None:
             scores[self.biased_ids] += self.biases
+
+
+def barrier(allowed: torch.Tensor) -> torch.Tensor:
+    """bool[V] to float32[V]: 0 for tokens that are allowed, -inf for the others.
+
+    Making and adding it takes a fraction of the time of PyTorch's `masked_fill_` on a CPU, which is not vectorised.
+    """
+    return 1.0 - allowed.to(torch.float32).reciprocal_()
 
 
 def _ends_with(token_ids: Sequence[int], tail: tuple[int, ...]) -> bool:

@@ -18,7 +18,7 @@ from typing import Final, Self
 import torch
 
 from multibatch.errors import StepError
-from multibatch.logits_masks import TokenRules
+from multibatch.logits_masks import TokenRules, barrier
 from multibatch.request import Sequence as RunningSequence
 from multibatch.request import random_bits
 from multibatch.sampling_params import SamplingParams
@@ -199,7 +199,7 @@ def _draw(
     scores[:, vocabulary:] = -math.inf
     for i, row in enumerate(rows):
         if row.grammar_mask is not None:
-            scores[i, : row.grammar_mask.shape[0]].masked_fill_(~row.grammar_mask, -math.inf)
+            scores[i, : row.grammar_mask.shape[0]] += barrier(row.grammar_mask)
         if row.rules is not None:
             row.rules.apply(scores[i], row.output_token_ids)
         if row.params.needs_history:
