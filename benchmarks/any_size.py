@@ -16,8 +16,8 @@ import torch
 
 from multibatch.artifact import Artifact
 from multibatch.backends.base import DTYPES, LoadedPrograms
+from multibatch.backends.load import load_programs
 from multibatch.batch import DecodeRow, ProgramInputs, decode_inputs, prefill_inputs, step_inputs
-from multibatch.engine import load_programs
 from multibatch.kv.block_table import blocks_for
 from multibatch.kv.pool import KVPool
 from multibatch.manifest import STEP, Manifest, decoder_name, prefill_name

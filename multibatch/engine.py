@@ -4,40 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterable
 from collections.abc import Sequence as AnySequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
-from multibatch.artifact import Artifact, check_host
+from multibatch.artifact import Artifact
 from multibatch.backends.base import DTYPES, LoadedPrograms
-from multibatch.config import EngineConfig, isa_from_environment, threads_from_environment
+from multibatch.backends.load import load_programs
+from multibatch.config import EngineConfig
 from multibatch.constraints import Constraints
 from multibatch.cost import CostModel
 from multibatch.errors import CapacityError, ConfigError, RequestError, StepError
-from multibatch.grammar import Matcher
-from multibatch.hardware import available_memory_bytes, read_cpu_info
+from multibatch.groups import Completion, Group, output_of
+from multibatch.hardware import available_memory_bytes
 from multibatch.kv.allocator import BlockAllocator
 from multibatch.kv.block_table import blocks_for
 from multibatch.kv.pool import KVPool
 from multibatch.kv.prefix import PrefixCache, PrefixCacheStats
 from multibatch.ladder import DecoderLadder
-from multibatch.logits_masks import TokenRules
 from multibatch.manifest import Manifest
 from multibatch.policies.build import build_policies
-from multibatch.request import (
-    CompletionOutput,
-    FinishReason,
-    Logprob,
-    Request,
-    RequestMetrics,
-    RequestOutput,
-    Sequence,
-    resolve_seed,
-)
+from multibatch.request import FinishReason, Logprob, Request, RequestOutput, Sequence, resolve_seed
 from multibatch.runner import Runner
 from multibatch.sampler import RowLogprobs, SampledRows, Sampler, SamplingRow, row_logprobs
 from multibatch.sampling_params import RequestOutputKind, SamplingParams
@@ -51,37 +40,6 @@ if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
     from multibatch.exposition import EngineState
-
-
-@dataclass(slots=True)
-class _Completion:
-    """One of a request's n continuations while it runs."""
-
-    sequence: Sequence
-    detokenizer: Detokenizer | None
-    matcher: Matcher | None
-    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
-    cumulative_logprob: float = 0.0
-    num_sent_tokens: int = 0
-    num_sent_characters: int = 0
-    scheduled_ts: float | None = None
-    first_token_ts: float | None = None
-    last_token_ts: float | None = None
-
-
-@dataclass(slots=True)
-class _Group:
-    """A request as its caller sees it: one prompt, n completions."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    params: SamplingParams
-    completions: list[_Completion]
-    rules: TokenRules | None
-    prompt_logprobs: list[dict[int, Logprob] | None]
-    arrival_time: float
-    queued_ts: float
 
 
 class Engine:
@@ -129,8 +87,8 @@ class Engine:
         self._seed = config.seed
         self._queue_policy = config.scheduling_policy
         self._num_requests = 0
-        self._groups: dict[str, _Group] = {}
-        self._owner: dict[str, tuple[_Group, _Completion]] = {}
+        self._groups: dict[str, Group] = {}
+        self._owner: dict[str, tuple[Group, Completion]] = {}
         self.stats = EngineStats(self.max_seq_len)
         self._registry: CollectorRegistry | None = None
         # Why the latest failed step failed; the engine goes on after it.
@@ -193,7 +151,7 @@ class Engine:
         rules = self._constraints.rules(request_id, params)
         now = time.monotonic()
         queued = now if arrived is None else arrived
-        group = _Group(
+        group = Group(
             request_id, prompt, list(prompt_token_ids), params, [], rules, [None], time.time() - (now - queued), queued
         )
         number = self._num_requests
@@ -216,8 +174,8 @@ class Engine:
             if params.detokenize and (self._tokenizer_dir is not None or params.stop):
                 detokenizer = Detokenizer(self.tokenizer, params.stop, params.skip_special_tokens)
             matcher = self._constraints.matcher(request.request_id, params)
-            group.completions.append(_Completion(Sequence(request), detokenizer, matcher))
-        added: list[_Completion] = []
+            group.completions.append(Completion(Sequence(request), detokenizer, matcher))
+        added: list[Completion] = []
         try:
             for completion in group.completions:
                 self.scheduler.add(completion.sequence)
@@ -426,7 +384,7 @@ class Engine:
         self._write(completion, token, logprobs)
         return None if before is None else now - before
 
-    def _write(self, completion: _Completion, token: int, logprobs: RowLogprobs | None) -> None:
+    def _write(self, completion: Completion, token: int, logprobs: RowLogprobs | None) -> None:
         sequence = completion.sequence
         if logprobs is not None:
             entries = self._named(logprobs)
@@ -470,30 +428,15 @@ class Engine:
         outputs = [self._output(self._groups[name]) for name in names]
         return [output for output in outputs if output is not None]
 
-    def _output(self, group: _Group) -> RequestOutput | None:
-        finished = all(c.sequence.is_finished for c in group.completions)
-        kind = group.params.output_kind
-        outputs = [_completion_output(i, c, group.params) for i, c in enumerate(group.completions)]
-        if finished:
+    def _output(self, group: Group) -> RequestOutput | None:
+        output = output_of(group)
+        if output.finished:
             self._forget(group)
-        elif kind is RequestOutputKind.FINAL_ONLY:
+        elif group.params.output_kind is RequestOutputKind.FINAL_ONLY:
             return None
-        prompt_logprobs = None if group.params.prompt_logprobs is None else group.prompt_logprobs
-        if prompt_logprobs is not None and kind is RequestOutputKind.DELTA:
-            is_due = finished or len(prompt_logprobs) == len(group.prompt_token_ids)
-            prompt_logprobs, group.prompt_logprobs = (prompt_logprobs, []) if is_due else ([], prompt_logprobs)
-        return RequestOutput(
-            group.request_id,
-            group.prompt,
-            group.prompt_token_ids,
-            prompt_logprobs,
-            outputs,
-            finished,
-            _metrics(group),
-            num_cached_tokens=group.completions[0].sequence.num_cached_tokens,
-        )
+        return output
 
-    def _forget(self, group: _Group) -> None:
+    def _forget(self, group: Group) -> None:
         """Counts a request that has ended; its id is free again."""
         now = time.monotonic()
         del self._groups[group.request_id]
@@ -512,70 +455,6 @@ class Engine:
                 sequence.finish_reason, sequence.num_prompt_tokens, sequence.num_output_tokens, times
             )
         self.stats.request_ended(group.params.n, group.params.max_tokens)
-
-
-def _metrics(group: _Group) -> RequestMetrics:
-    completions = group.completions
-    first = min(_known(c.first_token_ts for c in completions), default=None)
-    return RequestMetrics(
-        num_generation_tokens=sum(c.sequence.num_output_tokens for c in completions),
-        num_preemptions=sum(c.sequence.num_preemptions for c in completions),
-        arrival_time=group.arrival_time,
-        queued_ts=group.queued_ts,
-        scheduled_ts=min(_known(c.scheduled_ts for c in completions), default=None),
-        first_token_ts=first,
-        last_token_ts=max(_known(c.last_token_ts for c in completions), default=None),
-        first_token_latency=None if first is None else first - group.queued_ts,
-        num_cached_tokens=completions[0].sequence.num_cached_tokens,
-    )
-
-
-def _known(times: Iterable[float | None]) -> list[float]:
-    return [moment for moment in times if moment is not None]
-
-
-def _completion_output(index: int, completion: _Completion, params: SamplingParams) -> CompletionOutput:
-    sequence, detokenizer = completion.sequence, completion.detokenizer
-    text = detokenizer.visible(sequence.is_finished) if detokenizer else ""
-    token_ids = sequence.output_token_ids
-    first_token, first_character = 0, 0
-    if params.output_kind is RequestOutputKind.DELTA:
-        first_token, first_character = completion.num_sent_tokens, completion.num_sent_characters
-        completion.num_sent_tokens, completion.num_sent_characters = len(token_ids), max(first_character, len(text))
-    wanted = params.logprobs is not None
-    return CompletionOutput(
-        index=index,
-        text=text[first_character:],
-        token_ids=token_ids[first_token:],
-        cumulative_logprob=completion.cumulative_logprob if wanted else None,
-        logprobs=completion.logprobs[first_token:] if wanted else None,
-        finish_reason=sequence.finish_reason,
-        stop_reason=sequence.stop_reason,
-    )
-
-
-def check_this_host(manifest: Manifest) -> None:
-    """Raises IncompatibleError where this machine or torch cannot run the artifact's programs."""
-    cpu = read_cpu_info()
-    isa = isa_from_environment(cpu.isa)
-    check_host(manifest, torch_version=torch.__version__, isa=isa, architecture=cpu.architecture)
-
-
-def load_programs(artifact: Artifact, num_threads: int | None = None) -> LoadedPrograms:
-    """The programs of an artifact by the backend that its manifest names.
-
-    Raises:
-        IncompatibleError: they were built for another machine or torch.
-    """
-    check_this_host(artifact.manifest)
-    if artifact.manifest.build.backend == "eager":
-        from multibatch.backends.eager import EagerPrograms
-
-        return EagerPrograms.load(artifact)
-    from multibatch.backends.inductor import InductorPrograms
-
-    isa = isa_from_environment(read_cpu_info().isa)
-    return InductorPrograms(artifact, isa, num_threads or threads_from_environment())
 
 
 def _limit(name: str, asked: int | None, compiled: int, option: str) -> int:

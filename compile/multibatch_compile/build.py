@@ -17,8 +17,9 @@ import torch
 
 import multibatch
 from multibatch.artifact import Artifact, record_file
+from multibatch.backends.load import check_this_host, load_programs
 from multibatch.config import EngineConfig
-from multibatch.engine import Engine, check_this_host, load_programs
+from multibatch.engine import Engine
 from multibatch.errors import CompileError, ConfigError
 from multibatch.hardware import available_memory_bytes, read_cpu_info, usable_cores
 from multibatch.kv.block_table import blocks_for

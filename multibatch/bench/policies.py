@@ -8,10 +8,10 @@ from typing import Any
 
 from multibatch.artifact import Artifact
 from multibatch.backends.base import LoadedPrograms
+from multibatch.backends.load import load_programs
 from multibatch.bench.load import ScriptedEngine
 from multibatch.bench.serve import predict_serve, run_serve
 from multibatch.config import EngineConfig
-from multibatch.engine import load_programs
 from multibatch.errors import ConfigError
 from multibatch.kv.block_table import blocks_for
 from multibatch.trace import TraceRequest, make_trace

@@ -13,9 +13,9 @@ from statistics import fmean
 from typing import Any
 
 from multibatch.artifact import Artifact
+from multibatch.backends.load import load_programs
 from multibatch.bench.load import ScriptedEngine, run_load
 from multibatch.config import EngineConfig
-from multibatch.engine import load_programs
 from multibatch.trace import RequestTimes, TraceRequest, make_trace, percentile
 
 COLUMNS = (

@@ -21,8 +21,9 @@ import torch
 from multibatch.artifact import Artifact
 from multibatch.backends.eager import EagerPrograms
 from multibatch.backends.flat_model import REFERENCE_ATTENTION, FlatDecoder
+from multibatch.backends.load import load_programs
 from multibatch.config import EngineConfig
-from multibatch.engine import Engine, load_programs
+from multibatch.engine import Engine
 from multibatch.hardware import read_cpu_info, usable_cores
 from multibatch.manifest import Manifest
 from multibatch.metrics import ProgramUse
