@@ -341,7 +341,9 @@ def _caption(artifact: Artifact) -> str:
 
 
 def _number(value: Any) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.2f}" if abs(value) < 100 else f"{value:.1f}"
 
 
 def _finish(result: dict[str, Any], file: Path | None) -> None:
