@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 
 from multibatch.artifact import Artifact
+from multibatch.backends.base import LoadedPrograms
+from multibatch.backends.load import load_programs
 from multibatch.config import EngineConfig
 from multibatch.cost_table import CostRow, CostTable
 from multibatch.engine import Engine
@@ -66,7 +68,8 @@ def calibrate(
     Raises:
         ConfigError: a point beyond what the artifact was compiled for.
     """
-    engine = Engine(artifact, EngineConfig(enable_prefix_caching=False))
+    programs = load_programs(artifact)
+    engine = Engine(artifact, EngineConfig(enable_prefix_caching=False), programs)
     points = list(_points(engine, grid))
     times: list[list[float]] = [[] for _ in points]
     total = len(points) * (grid.repeats + 1)
@@ -76,7 +79,7 @@ def calibrate(
             if turn:  # the first round warms up
                 times[i].append(ms)
             progress(turn * len(points) + i + 1, total)
-    around = _times_around(artifact, sorted({d_num for _, d_num, _ in points}))
+    around = _times_around(artifact, programs, sorted({d_num for _, d_num, _ in points}))
     return CostTable(
         CostRow(*point, round(statistics.median(taken) + around[point[1]], 4))
         for point, taken in zip(points, times, strict=True)
@@ -91,10 +94,10 @@ class _IdleEngine(Engine):
         return SampledRows([1] * len(step.sampled), [None] * len(step.sampled))
 
 
-def _times_around(artifact: Artifact, d_nums: list[int]) -> dict[int, float]:
+def _times_around(artifact: Artifact, programs: LoadedPrograms, d_nums: list[int]) -> dict[int, float]:
     """Median ms of a step without its computation, by decode rows."""
     found = {}
-    engine = _IdleEngine(artifact, EngineConfig(enable_prefix_caching=False))
+    engine = _IdleEngine(artifact, EngineConfig(enable_prefix_caching=False), programs)
     params = SamplingParams(max_tokens=_IDLE_STEPS, ignore_eos=True, detokenize=False)
     for d_num in d_nums:
         for row in range(max(d_num, 1)):

@@ -44,14 +44,15 @@ class CostTable:
         self.rows = tuple(sorted(rows))
         if not self.rows:
             raise ConfigError("a cost table without rows; measure one with multibatch calibrate")
-        self._costs: dict[tuple[int, int], dict[int, float]] = {}
+        # (chunk_size, cost) by (ctx_len, d_num), ascending as the rows are
+        self._costs: dict[tuple[int, int], list[tuple[int, float]]] = {}
         for row in self.rows:
             _check(row)
-            chunks = self._costs.setdefault((row.ctx_len, row.d_num), {})
-            if row.chunk_size in chunks:
+            chunks = self._costs.setdefault((row.ctx_len, row.d_num), [])
+            if chunks and chunks[-1][0] == row.chunk_size:
                 where = f"ctx_len {row.ctx_len}, d_num {row.d_num}, chunk_size {row.chunk_size}"
                 raise ConfigError(f"a cost table with two rows for {where}; each may be there once")
-            chunks[row.chunk_size] = row.cost
+            chunks.append((row.chunk_size, row.cost))
         self.ctx_lens = tuple(sorted({ctx for ctx, d_num in self._costs if d_num}))
         self.d_nums = tuple(sorted({d_num for _, d_num in self._costs if d_num}))
 
@@ -99,8 +100,8 @@ class CostTable:
         ctx_key, d_key = _next_up(self.ctx_lens, ctx_len), _next_up(self.d_nums, d_num)
         if ctx_key is None or d_key is None:
             return None
-        chunks = self._costs.get((ctx_key, d_key), {})
-        return max((chunk for chunk, cost in chunks.items() if cost <= target_ms), default=None)
+        chunks = self._costs.get((ctx_key, d_key), [])
+        return max((chunk for chunk, cost in chunks if cost <= target_ms), default=None)
 
     def predict(self, ctx_len: float, d_num: int, chunk_size: int) -> float:
         """Milliseconds of a step, linear between what was measured, and along the last two points beyond it.
@@ -112,11 +113,11 @@ class CostTable:
             groups = [group for group in self._costs if not group[1]]
             if not groups:
                 raise ConfigError("the cost table has no steps of prompts alone (d_num 0); calibrate again")
-            return _interpolate(sorted(self._costs[groups[0]].items()), chunk_size)
+            return _interpolate(self._costs[groups[0]], chunk_size)
         by_rows = []
         for d_key in self.d_nums:
             by_ctx = [
-                (ctx, _interpolate(sorted(self._costs[ctx, d_key].items()), chunk_size))
+                (ctx, _interpolate(self._costs[ctx, d_key], chunk_size))
                 for ctx in self.ctx_lens
                 if (ctx, d_key) in self._costs
             ]

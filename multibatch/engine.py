@@ -85,7 +85,6 @@ class Engine:
         self._constraints = Constraints(manifest.model, lambda: self.tokenizer)
         self._sampler = Sampler(self._programs.chunk_maxima)
         self._seed = config.seed
-        self._queue_policy = config.scheduling_policy
         self._num_requests = 0
         self._groups: dict[str, Group] = {}
         self._owner: dict[str, tuple[Group, Completion]] = {}
@@ -143,7 +142,7 @@ class Engine:
             RequestError: it can never run here; nothing was queued.
         """
         self._check(request_id, prompt_token_ids, params)
-        if priority and self._queue_policy != "priority":
+        if priority and self.limits.queue_policy != "priority":
             raise RequestError(
                 f"request {request_id!r}: priority {priority}, and the engine serves first come, first served;"
                 ' give it scheduling_policy="priority", or leave the priority out'

@@ -251,7 +251,7 @@ class Scheduler:
         needed = blocks_for(head.num_tokens + 1, self._config.block_size)
         if needed > self._allocator.num_free + sum(len(sequence.block_ids) for sequence in after):
             return paused
-        while after and (len(self.running) >= max_running or not self._find_blocks(head)[1]):
+        while after and (len(self.running) >= max_running or self._find_blocks(head) is None):
             victim = after.pop()
             self._preempt(victim)
             paused.append(victim)
@@ -325,21 +325,21 @@ class Scheduler:
             self._queues.admit(sequence)
             yield sequence
 
-    def _find_blocks(self, sequence: Sequence) -> tuple[list[int], bool]:
-        """The cached blocks that a sequence begins with, and whether the others it needs are free.
+    def _find_blocks(self, sequence: Sequence) -> tuple[list[int], int] | None:
+        """The cached blocks that a sequence begins with and how many others it needs; None where those are not free.
 
         They are those of all its tokens and the next one, so that a prompt once begun is never stuck.
         """
         cached = [] if self._prefix_cache is None else self._prefix_cache.match(sequence)
         missing = blocks_for(sequence.num_tokens + 1, self._config.block_size) - len(cached)
-        return cached, missing <= self._allocator.num_free - self._allocator.num_idle(cached)
+        return None if missing > self._allocator.num_free - self._allocator.num_idle(cached) else (cached, missing)
 
     def _take_blocks(self, sequence: Sequence) -> bool:
-        cached, fits = self._find_blocks(sequence)
-        if not fits:
+        found = self._find_blocks(sequence)
+        if found is None:
             return False
+        cached, missing = found
         self._allocator.share(cached)
-        missing = blocks_for(sequence.num_tokens + 1, self._config.block_size) - len(cached)
         sequence.block_ids = cached + self._allocator.allocate(missing)
         sequence.num_computed_tokens = len(cached) * self._config.block_size
         if self._prefix_cache is None:
