@@ -214,6 +214,9 @@ class Scheduler:
         """Tells the policies how long a step took, in wall milliseconds, from its launch to its ids."""
         for limit in self._policies.limits:
             limit.step_done(len(step.decode), ms)
+        if self._policies.step_budget is not None:
+            context_lens = [sequence.num_computed_tokens for sequence in step.decode]
+            self._policies.step_budget.step_done(context_lens, step.num_prefill_tokens, ms)
 
     def check_integrity(self) -> None:
         """Checks that every block is free or held by the running sequences it was lent to.

@@ -31,6 +31,10 @@ class StepBudget(Protocol):
         """0 to `budget` prompt tokens, for a step whose decode rows attend to so many tokens each; all of it for none."""
         ...
 
+    def step_done(self, context_lens: Sequence[int], num_prefill_tokens: int, ms: float) -> None:
+        """Notes that a step with such decode rows and so many prompt tokens took `ms` wall milliseconds in all."""
+        ...
+
 
 class BatchLimit(Protocol):
     """Caps how many sequences run at once. It caps admission only: nobody who runs is stopped for it."""

@@ -218,6 +218,28 @@ def test_a_refined_step_was_measured_to_keep_the_target(lens: list[int], target:
         assert TABLE.predict(sum(lens) / len(lens), len(lens), chunk) <= target + 1e-9
 
 
+def test_the_chunk_budget_follows_a_machine_that_slows_down() -> None:
+    budget = ChunkBudget(TABLE, 20.0)
+    predicted = TABLE.predict(100, 1, 64)
+    assert (budget.drift, budget.refine(300, [100])) == (1.0, 64)
+    for _ in range(32):
+        budget.step_done([100], 64, 1.3 * predicted)
+    assert budget.drift == pytest.approx(1.3)
+    assert budget.refine(300, [100]) == 16  # 20 / 1.3 = 15.4: 12.28 + 1.6 is within
+    for _ in range(29):  # as fast as it was, but for some
+        budget.step_done([100], 64, predicted)
+    assert budget.drift == pytest.approx(1.0)
+    assert budget.refine(300, [100]) == 64
+
+
+def test_a_chunk_budget_that_allows_nothing_tries_again() -> None:
+    budget = ChunkBudget(TABLE, 20.0)
+    budget.step_done([100], 64, 1000.0)
+    assert (budget.drift, budget.refine(300, [100])) == (4.0, 0)
+    budget.step_done([100], 0, 1000.0)
+    assert (budget.drift, budget.refine(300, [100])) == (1.0, 64)
+
+
 def test_a_target_below_the_cheapest_step_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"a step target of 5 ms; the cheapest .* takes 12.28 ms"):
         ChunkBudget(TABLE, 5)

@@ -452,6 +452,9 @@ def test_a_step_budget_of_nothing_leaves_prompts_waiting_while_others_decode() -
             self.context_lens = list(context_lens)
             return 0 if context_lens else budget
 
+        def step_done(self, context_lens: abc.Sequence[int], num_prefill_tokens: int, ms: float) -> None:
+            self.heard = (list(context_lens), num_prefill_tokens, ms)
+
     nothing = Nothing()
     scheduler = Scheduler(CONFIG, BlockAllocator(64), policies=Policies(step_budget=nothing))
     scheduler.add(make_sequence("a", params=SamplingParams(max_tokens=3)))
@@ -460,7 +463,10 @@ def test_a_step_budget_of_nothing_leaves_prompts_waiting_while_others_decode() -
     for length in (5, 6):
         step = run_step(scheduler)
         assert (names(step.decode), chunks(step), nothing.context_lens) == (["a"], [], [length])
-    assert chunks(run_step(scheduler)) == [("b", 0, 4)]
+    step = run_step(scheduler)
+    assert chunks(step) == [("b", 0, 4)]
+    scheduler.step_done(step, 1.5)
+    assert nothing.heard == ([], 4, 1.5)
 
 
 def test_cached_blocks_are_shared_and_counted() -> None:
