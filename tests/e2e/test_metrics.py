@@ -187,11 +187,15 @@ def test_they_are_read_while_another_thread_serves(eager_artifact: Path) -> None
         engine.add_request(str(i), [5 + i], params(30))
     thread = threading.Thread(target=engine.run_all)
     thread.start()
-    seen = []
+    texts = []
     while thread.is_alive():
-        seen.append(Scrape(engine.metrics_text())["generation_tokens_total"])
-    thread.join()
+        texts.append(engine.metrics_text())
+        thread.join(
+            0.01
+        )  # without a pause, every call of torch by the other thread waits 5 ms for the interpreter's lock
+    seen = [Scrape(text)["generation_tokens_total"] for text in texts]
     assert seen == sorted(seen)
+    assert len(seen) > 1
     assert Scrape(engine.metrics_text())["generation_tokens_total"] == 60 * 30
 
 
