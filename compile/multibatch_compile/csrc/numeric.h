@@ -9,7 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
-#ifdef __AVX512F__
+#if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
 
@@ -71,12 +71,39 @@ inline void floats_from(const c10::BFloat16* from, float* to, int64_t n) {
   for (; i < n; ++i) to[i] = to_float(from[i]);
 }
 
-#ifdef __FLT16_MAX__
-inline void floats_from(const c10::Half* from, float* to, int64_t n) {
-  const _Float16* halves = reinterpret_cast<const _Float16*>(from);
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<float>(halves[i]);
-}
+// 16 halves as floats and back (to nearest, ties to even). By name: GCC converts plain loops one at a time, through memory.
+inline f32x16 floats_of(const c10::Half* from) {
+#if defined(__AVX512F__)
+  return (f32x16)_mm512_cvtph_ps(load_vector<__m256i>(from));
+#elif defined(__F16C__)
+  f32x16 out;
+  store_vector(&out, _mm256_cvtph_ps(load_vector<__m128i>(from)));
+  store_vector(reinterpret_cast<float*>(&out) + 8, _mm256_cvtph_ps(load_vector<__m128i>(from + 8)));
+  return out;
+#else
+  f32x16 out;
+  for (int i = 0; i < 16; ++i) out[i] = to_float(from[i]);
+  return out;
 #endif
+}
+
+inline void store_halves(f32x16 value, c10::Half* to) {
+#if defined(__AVX512F__)
+  store_vector(to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  const float* from = reinterpret_cast<const float*>(&value);
+  store_vector(to, _mm256_cvtps_ph(load_vector<__m256>(from), _MM_FROUND_TO_NEAREST_INT));
+  store_vector(to + 8, _mm256_cvtps_ph(load_vector<__m256>(from + 8), _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < 16; ++i) to[i] = static_cast<c10::Half>(value[i]);
+#endif
+}
+
+inline void floats_from(const c10::Half* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store_vector(to + i, floats_of(from + i));
+  for (; i < n; ++i) to[i] = to_float(from[i]);
+}
 
 template <typename T>
 inline void floats_to(const float* from, T* to, int64_t n) {
@@ -94,6 +121,12 @@ inline void floats_to(const float* from, c10::BFloat16* to, int64_t n) {
     store_vector(to + i, narrow(kept));
   }
   for (; i < n; ++i) to[i] = static_cast<c10::BFloat16>(from[i]);
+}
+
+inline void floats_to(const float* from, c10::Half* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store_halves(load_vector<f32x16>(from + i), to + i);
+  for (; i < n; ++i) to[i] = static_cast<c10::Half>(from[i]);
 }
 
 // e^x for x <= 0, within 2 ulp: Cephes' polynomial (Moshier, expf), as most vector libraries have it.

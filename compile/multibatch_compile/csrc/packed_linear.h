@@ -98,9 +98,7 @@ template <int R>
 inline void panel_product(const c10::Half* w, const float* x, int64_t units, f32x16 (&acc)[R][2]) {
   for (int64_t i = 0; i < units; ++i, w += kPanel, ++x) {
     prefetch_panel(w);
-    alignas(64) float wide[kPanel];
-    floats_from(w, wide, kPanel);
-    fma_rows<R>(acc, x, load_vector<f32x16>(wide), load_vector<f32x16>(wide + 16));
+    fma_rows<R>(acc, x, floats_of(w), floats_of(w + 16));
   }
 }
 
