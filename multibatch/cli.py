@@ -20,7 +20,8 @@ from multibatch.artifact import Artifact
 from multibatch.cli_bench import bench
 from multibatch.errors import ConfigError, MultibatchError, RequestError
 from multibatch.ladder import parse_batch_sizes
-from multibatch.manifest import Manifest
+from multibatch.manifest import BuildInfo, Manifest
+from multibatch.roofline import Roofline
 from multibatch.terminal import ERR, OUT, quiet
 
 
@@ -312,17 +313,22 @@ def _figures(manifest: Manifest, name: str) -> list[dict[str, Any]]:
         is_decode = t.num_rows == t.num_tokens
         what = f"{name}: {t.num_rows} rows" if is_decode else f"{name}: {t.num_tokens} tokens"
         calls.append((what.replace(" 1 rows", " 1 row"), t.num_tokens, t.ms, is_decode))
-    bandwidth = manifest.build.measured_bandwidth_gbps
-    figures = []
+    build, figures = manifest.build, []
+    roofline = None
+    if build.measured_bandwidth_gbps is not None:
+        roofline = Roofline(bandwidth_gbps=build.measured_bandwidth_gbps, gproducts=build.measured_gproducts)
     for what, count, ms, is_decode in calls:
-        share = manifest.model.weight_bytes / (ms * 1e6 * bandwidth) if ms and bandwidth and is_decode else None
+        share = None
+        if ms and roofline:
+            limit = roofline.step_ms(manifest, [0] * count) if is_decode else roofline.step_ms(manifest, [], count)
+            share = limit / ms
         rate = count / ms * 1000 if ms else None
-        figures.append({"program": what, "ms": ms, "tokens_per_second_at_full": rate, "share_of_bandwidth": share})
+        figures.append({"program": what, "ms": ms, "tokens_per_second_at_full": rate, "share_of_limit": share})
     return figures
 
 
 def _call(figures: dict[str, Any]) -> tuple[str, str, str]:
-    rate, share = figures["tokens_per_second_at_full"], figures["share_of_bandwidth"]
+    rate, share = figures["tokens_per_second_at_full"], figures["share_of_limit"]
     return _show(figures["ms"], ".2f"), _show(rate, ".1f"), _show(share, ".0%")
 
 
@@ -333,7 +339,7 @@ def _show(value: Any, form: str) -> str:
 def _print_table(artifact: Artifact) -> None:
     manifest = artifact.manifest
     table = Table(title=f"{artifact.path}", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for name in ("program", "ms", "tok/s full", "of GB/s", "build s", "MB", "error", "vs alone"):
+    for name in ("program", "ms", "tok/s full", "of limit", "build s", "MB", "error", "vs alone"):
         table.add_column(name, justify="left" if name == "program" else "right", no_wrap=True)
     for spec in manifest.programs:
         whole, *smaller = _figures(manifest, spec.name)
@@ -351,8 +357,9 @@ def _print_table(artifact: Artifact) -> None:
     OUT.print(table)
     build, model = manifest.build, manifest.model
     lines = [
-        "ms: median step; of GB/s: weight bytes per step over the measured read bandwidth; error: largest difference",
-        "of a logit from the eager reference; vs alone: of a row from the same row run alone, equal: same bits",
+        "ms: median step; of limit: the time to read the weights or to make their products, at the measured rates, over it;",
+        "error: largest difference of a logit from the eager reference; vs alone: of a row from the same row run alone,",
+        "equal: same bits",
         "",
         f"model      {model.architecture}, {model.num_parameters:,} parameters, {model.dtype}, from {model.id}",
         f"limits     max_seq_len {manifest.max_seq_len}, max_num_seqs {manifest.max_num_seqs}, block size {manifest.kv.block_size}",
@@ -360,9 +367,14 @@ def _print_table(artifact: Artifact) -> None:
         *_quantization_lines(manifest),
         f"built for  {build.device}, {build.cpu_model}, {' '.join(build.isa) or 'any'}",
         f"built with torch {build.torch_version}, transformers {build.transformers_version}, Python {build.python_version},"
-        f" {build.host_cores} cores reading {build.measured_bandwidth_gbps} GB/s, {build.created_at}",
+        f" {build.host_cores} cores {_rates(build)}, {build.created_at}",
     ]
     OUT.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def _rates(build: BuildInfo) -> str:
+    read = f"reading {build.measured_bandwidth_gbps} GB/s"
+    return read if build.measured_gproducts is None else f"{read}, making {build.measured_gproducts:.0f} G products/s"
 
 
 def _quantization_lines(manifest: Manifest) -> list[str]:

@@ -84,11 +84,16 @@ def ladder_command(artifact: Path, prompts_file: Any, reference: bool, **options
         table.add_row(names.get(name, name), *figures, "" if ratio is None else f"{ratio:.2f} x")
     OUT.print(table)
     OUT.print(
-        f"limit: {result['limit_decode_tokens_per_s']} decode tokens/s, the bytes of a step (weights and KV) over the"
-        f" {result['bandwidth_gbps']['best']} GB/s read in this run",
+        f"limit: {result['limit_decode_tokens_per_s']} decode tokens/s, by {_rates(result)} measured in this run: the bytes"
+        " of a step (weights and KV) or its products, whichever take longer",
         highlight=False,
     )
     click.echo(json.dumps(result))
+
+
+def _rates(result: Mapping[str, Any]) -> str:
+    rates = f"{result['bandwidth_gbps']['best']} GB/s read"
+    return f"{rates} and {result['gproducts']['best']} G products/s" if result["gproducts"] else rates
 
 
 def _reference_model(manifest: Manifest) -> Any:

@@ -17,7 +17,7 @@ from typing import Any, Final, Literal
 from multibatch.errors import ArtifactCorruptError, ArtifactError, IncompatibleError
 from multibatch.strict_json import decode, parse
 
-SCHEMA_VERSION: Final = 3
+SCHEMA_VERSION: Final = 4
 MANIFEST_NAME: Final = "manifest.json"
 MANIFEST_HASH_NAME: Final = "manifest.sha256"
 COST_TABLE_NAME: Final = "cost_table.csv"
@@ -150,12 +150,23 @@ class ModelInfo:
     eos_token_ids: tuple[int, ...]
     # Bytes of weights that one decode step must read.
     weight_bytes: int
+    # Products of the linear layers for one token, without the LM head's.
+    products_per_token: int
+    # Products of the LM head for one row of logits.
+    products_per_logits: int
 
     def __post_init__(self) -> None:
         for name in ("config_sha256", "weights_sha256"):
             value = getattr(self, name)
             _require(_is_sha256(value), f"model.{name}", value, "64 hex digits")
-        for name in ("num_parameters", "vocab_size", "num_layers", "weight_bytes"):
+        for name in (
+            "num_parameters",
+            "vocab_size",
+            "num_layers",
+            "weight_bytes",
+            "products_per_token",
+            "products_per_logits",
+        ):
             _at_least(1, getattr(self, name), f"model.{name}")
         _token_ids(self.eos_token_ids, self.vocab_size, "model.eos_token_ids")
 
@@ -218,8 +229,10 @@ class BuildInfo:
     options: Mapping[str, Option] = field(hash=False)
     # ISO 8601, UTC.
     created_at: str
-    # Read bandwidth of the machine's memory, GB/s, as measured before the build.
+    # Read bandwidth of the machine's memory, GB/s, as measured with the programs.
     measured_bandwidth_gbps: float | None
+    # Products per second that the linear kernel makes of weights in the cache, in 10^9; None where there is no such kernel.
+    measured_gproducts: float | None
     # Cores that the build and its measurements could use.
     host_cores: int
 

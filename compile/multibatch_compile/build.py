@@ -24,6 +24,7 @@ from multibatch.errors import CompileError, ConfigError
 from multibatch.hardware import available_memory_bytes, read_cpu_info, usable_cores
 from multibatch.kv.block_table import blocks_for
 from multibatch.ladder import DecoderLadder
+from multibatch.machine_rates import measure_roofline
 from multibatch.manifest import (
     STEP,
     BuildInfo,
@@ -39,7 +40,6 @@ from multibatch.manifest import (
     prefill_name,
 )
 from multibatch.publish import Staging, ensure_disk_space, update
-from multibatch.roofline import measure_bandwidth
 
 from .canary import record_canary
 from .config import ANY, CompileConfig, make_config
@@ -239,7 +239,7 @@ def _stage_model(staging: Staging, loaded: LoadedModel, config: CompileConfig, s
     others = [p.relative_to(staging.path).as_posix() for p in sorted(staging.path.rglob("*")) if p.is_file()]
     return Manifest(
         model=info,
-        build=_build_info(config, measure_bandwidth()),
+        build=_build_info(config),
         kv=loaded.kv,
         max_seq_len=config.max_seq_len,
         max_num_seqs=config.max_num_seqs,
@@ -298,7 +298,7 @@ def _spec(shape: ProgramShape, kv: KVLayout, info: ModelInfo, backend: str) -> P
     )
 
 
-def _build_info(config: CompileConfig, bandwidth: float) -> BuildInfo:
+def _build_info(config: CompileConfig) -> BuildInfo:
     import transformers
 
     cpu = read_cpu_info()
@@ -315,7 +315,8 @@ def _build_info(config: CompileConfig, bandwidth: float) -> BuildInfo:
         compute_capability=None,
         options={},
         created_at=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        measured_bandwidth_gbps=round(bandwidth, 2),
+        measured_bandwidth_gbps=None,
+        measured_gproducts=None,
         host_cores=usable_cores(),
     )
 
@@ -364,6 +365,15 @@ def _program_job(folder: Path, manifest: Manifest, spec: ProgramSpec) -> dict[st
     }
 
 
+def _with_rates(manifest: Manifest) -> BuildInfo:
+    roofline = measure_roofline(manifest)
+    return dataclasses.replace(
+        manifest.build,
+        measured_bandwidth_gbps=round(roofline.bandwidth_gbps, 2),
+        measured_gproducts=None if roofline.gproducts is None else round(roofline.gproducts, 2),
+    )
+
+
 def _prove(staging: Staging, manifest: Manifest, loaded: LoadedModel, names: Sequence[str], bars: Progress) -> Manifest:
     """Verifies and measures the named programs and records the canary."""
     artifact = Artifact(staging.path, manifest)
@@ -382,7 +392,7 @@ def _prove(staging: Staging, manifest: Manifest, loaded: LoadedModel, names: Seq
                 proven.append(dataclasses.replace(spec, **verdict, measured_ms=milliseconds, timings=timings))
         else:
             proven.append(spec)
-    manifest = dataclasses.replace(manifest, programs=tuple(proven))
+    manifest = dataclasses.replace(manifest, programs=tuple(proven), build=_with_rates(manifest))
     if manifest.quantization is not None:
         with bars.stage("compare with the original"):
             engine = Engine(Artifact(staging.path, manifest), EngineConfig(), programs)

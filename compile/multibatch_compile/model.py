@@ -88,7 +88,8 @@ def _inspect(source: str, revision: str | None, model: Any, config: Any, dtype: 
     decoder = FlatDecoder(model, REFERENCE_ATTENTION)
     kv, options = probe(decoder, int(config.get_text_config().num_hidden_layers), DTYPES[dtype], block_size)
     _check_windows(config, options)
-    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    head = model.get_output_embeddings()
+    vocabulary = int(head.weight.shape[0])
     info = ModelInfo(
         id=source,
         revision=revision,
@@ -101,6 +102,8 @@ def _inspect(source: str, revision: str | None, model: Any, config: Any, dtype: 
         dtype=dtype,  # type: ignore[arg-type]
         eos_token_ids=_eos_token_ids(model, vocabulary),
         weight_bytes=sum(p.numel() * p.element_size() for p in model.parameters()),
+        products_per_token=sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head),
+        products_per_logits=head.weight.numel(),
     )
     return LoadedModel(decoder, info, kv, options, Packing())
 

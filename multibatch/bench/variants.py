@@ -25,9 +25,10 @@ from multibatch.backends.load import load_programs
 from multibatch.config import EngineConfig
 from multibatch.engine import Engine
 from multibatch.hardware import read_cpu_info, usable_cores
+from multibatch.machine_rates import measure_roofline
 from multibatch.manifest import Manifest
 from multibatch.metrics import ProgramUse
-from multibatch.roofline import decode_bytes, measure_bandwidth
+from multibatch.roofline import Roofline, best_of
 from multibatch.sampling_params import SamplingParams
 
 
@@ -63,14 +64,16 @@ def run_bench(artifact: Artifact, options: BenchOptions, reference: Any = None) 
     prompts = _prompts(artifact, options)
     variants = _variants(artifact, prompts, options.output_len, reference)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
-    bandwidths: list[float] = []
+    rooflines: list[Roofline] = []
     for _ in range(options.repeats):
-        bandwidths.append(measure_bandwidth())
+        rooflines.append(measure_roofline(artifact.manifest))
         for name, run in variants.items():
             runs[name].append(run())
     ladder = variants["ladder"]
     assert isinstance(ladder, _Serve)
-    limit = _limit(artifact.manifest, [len(p) + options.output_len // 2 for p in prompts], max(bandwidths))
+    roofline = best_of(rooflines)
+    contexts = [len(p) + options.output_len // 2 for p in prompts]
+    limit = len(prompts) * 1000 / roofline.step_ms(artifact.manifest, contexts)
     medians = {name: _median(results, limit) for name, results in runs.items()}
     rate = medians["ladder"]["decode_tokens_per_s"]
     return {
@@ -86,11 +89,10 @@ def run_bench(artifact: Artifact, options: BenchOptions, reference: Any = None) 
         "ladder_over": {
             name: round(rate / v["decode_tokens_per_s"], 3) for name, v in medians.items() if name != "ladder"
         },
-        "programs": [
-            _use(artifact.manifest, use, max(bandwidths)) for use in ladder.engine.runner.program_uses.values()
-        ],
+        "programs": [_use(artifact.manifest, use, roofline) for use in ladder.engine.runner.program_uses.values()],
         "weight_bytes_per_step": artifact.manifest.model.weight_bytes,
-        "bandwidth_gbps": {"best": round(max(bandwidths), 1), "worst": round(min(bandwidths), 1)},
+        "bandwidth_gbps": _range([r.bandwidth_gbps for r in rooflines]),
+        "gproducts": _range([r.gproducts for r in rooflines if r.gproducts]),
         "limit_decode_tokens_per_s": round(limit, 1),
         "peak_rss_mb": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024),
         "cpu": read_cpu_info().model_name,
@@ -151,17 +153,17 @@ class _Serve:
         return _serve(self.engine, self.prompts, self.output_len)
 
 
-def _limit(manifest: Manifest, context_lens: list[int], bandwidth_gbps: float) -> float:
-    """Decode tokens/s if a step took no longer than reading its bytes."""
-    return len(context_lens) * bandwidth_gbps * 1e9 / decode_bytes(manifest, context_lens)
+def _range(values: Sequence[float]) -> dict[str, float] | None:
+    return {"best": round(max(values), 1), "worst": round(min(values), 1)} if values else None
 
 
-def _use(manifest: Manifest, use: ProgramUse, bandwidth_gbps: float) -> dict[str, Any]:
-    """One program's calls, and the share of the bandwidth that reading the weights took in them."""
+def _use(manifest: Manifest, use: ProgramUse, roofline: Roofline) -> dict[str, Any]:
+    """One program's calls, and how near they came to the limit (KV not counted)."""
     record = dataclasses.asdict(use)
-    if manifest.program(use.program).kind == "decode":
-        seconds = manifest.model.weight_bytes / (bandwidth_gbps * 1e9)
-        record["share_of_bandwidth"] = round(seconds / (use.ms / use.num_calls / 1000), 3)
+    spec = manifest.program(use.program)
+    if spec.kind == "decode":
+        limit = roofline.step_ms(manifest, [0] * spec.batch_size)
+        record["share_of_limit"] = round(limit * use.num_calls / use.ms, 3)
     return record
 
 

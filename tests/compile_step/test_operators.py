@@ -6,6 +6,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -226,9 +227,27 @@ def test_an_index_outside_the_pool_is_refused_before_anything_is_written() -> No
     assert float(keys.abs().max()) == 0.0
 
 
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+def test_the_peak_rate_is_of_products_and_not_of_bytes(weight: torch.dtype) -> None:
+    """A whole linear layer is never faster, and the best of some calls with many rows not much slower."""
+    peak = max(ops.peak_rate(weight, 0.02) for _ in range(3))
+    k, n, m = 256, 512, 96
+    x = torch.randn(m, k).to(torch.float32 if weight == torch.int8 else weight)
+    w = torch.randn(n, k)
+    values, scales = reference.quantize_weight(w)
+    packed, sums = pack(values), values.sum(1, dtype=torch.int32)
+    if weight != torch.int8:
+        packed, scales, sums = pack(w.to(weight)), None, None
+    best = 0.0
+    for _ in range(30):
+        start = time.perf_counter()
+        torch.ops.multibatch.packed_linear(x, packed, None, scales, sums, n)
+        best = max(best, m * k * n / (time.perf_counter() - start))
+    assert 0.1 * peak < best < 1.5 * peak
+
+
 def test_threads_that_are_put_aside_and_resized_lose_no_tile() -> None:
     import multiprocessing
-    import time
 
     torch.manual_seed(0)
     x, w = torch.randn(4, 512), pack(torch.randn(6000, 512))

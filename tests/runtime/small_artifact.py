@@ -9,7 +9,7 @@ from multibatch.artifact import Artifact, record_file
 from multibatch.manifest import FileRecord, Manifest
 from multibatch.publish import Staging
 
-GOLDEN = Path(__file__).parent / "data" / "manifest_v3.json"
+GOLDEN = Path(__file__).parent / "data" / "manifest_v4.json"
 
 
 def write_files(folder: Path, text: str = "one") -> Manifest:

@@ -72,6 +72,8 @@ def example() -> Manifest:
             dtype="bfloat16",
             eos_token_ids=(2,),
             weight_bytes=2000,
+            products_per_token=700,
+            products_per_logits=300,
         ),
         build=BuildInfo(
             multibatch_version="0.1.0",
@@ -87,6 +89,7 @@ def example() -> Manifest:
             options={"freezing": False, "jobs": 2, "level": 0.5, "mode": "max", "seed": None},
             created_at="2026-11-21T01:42:00+00:00",
             measured_bandwidth_gbps=20.5,
+            measured_gproducts=100.5,
             host_cores=2,
         ),
         kv=KVLayout(16, 1, (KVLayer(2, 8, 8),)),
@@ -121,7 +124,7 @@ def changed(path: str, value: object) -> str:
 
 def test_the_golden_file_is_what_this_version_writes() -> None:
     """A change here changes what old artifacts mean: raise SCHEMA_VERSION with it."""
-    assert SCHEMA_VERSION == 3
+    assert SCHEMA_VERSION == 4
     assert example().to_json() == GOLDEN.read_text(encoding="utf-8")
     assert Manifest.from_json(GOLDEN.read_text(encoding="utf-8")) == example()
 
@@ -201,6 +204,7 @@ def manifests(draw: st.DrawFn) -> Manifest:
             isa=tuple(draw(st.lists(names))),
             options=draw(st.dictionaries(st.text(), scalars, max_size=4)),
             measured_bandwidth_gbps=draw(maybe_floats),
+            measured_gproducts=draw(maybe_floats),
         ),
         kv=KVLayout(draw(counts), len(kv_layers), kv_layers),
         max_num_seqs=draw(st.integers(1, max(sizes))),
@@ -385,7 +389,7 @@ def test_programs_are_unique_and_of_both_kinds() -> None:
 
 @pytest.mark.parametrize(
     ("version", "message"),
-    [(4, "newer schema version 4.*reads version 3; update multibatch"), (0, "older.*compile")],
+    [(5, "newer schema version 5.*reads version 4; update multibatch"), (0, "older.*compile")],
 )
 def test_another_schema_says_what_to_do(version: int, message: str) -> None:
     # The keys of another schema may differ; its version is still what is reported.

@@ -4,6 +4,7 @@
 
 #include "packed_linear.h"
 #include "paged_attention.h"
+#include "peak_rate.h"
 #include "thread_pool.h"
 
 namespace multibatch {
@@ -477,6 +478,15 @@ int64_t set_num_threads(int64_t num_threads) {
   return ThreadPool::instance().num_threads();
 }
 
+double peak_rate(at::ScalarType weight, double seconds) {
+  ThreadPool& pool = ThreadPool::instance();
+  auto run = [&](int64_t tiles, const std::function<void(int64_t)>& fn) { pool.run(tiles, fn); };
+  if (weight == at::kChar) return peak_rate_of<int8_t>(pool.num_threads(), seconds, run);
+  double rate = 0;
+  MULTIBATCH_DISPATCH(weight, "peak_rate", { rate = peak_rate_of<T>(pool.num_threads(), seconds, run); });
+  return rate;
+}
+
 }  // namespace
 }  // namespace multibatch
 
@@ -492,4 +502,5 @@ TORCH_LIBRARY_IMPL(multibatch, CPU, library) {
 
 TORCH_LIBRARY_IMPL(multibatch, CompositeExplicitAutograd, library) {
   library.impl("set_num_threads", multibatch::set_num_threads);
+  library.impl("peak_rate", multibatch::peak_rate);
 }
