@@ -241,6 +241,7 @@ _SEEDS_COLUMNS = {
     "latency_ms": "latency",
     "latency_p50_ms": "P50",
     "latency_p95_ms": "P95",
+    "limit_tokens_per_s": "limit",
 }
 
 
@@ -263,12 +264,28 @@ def seeds_command(
 
     opened = Artifact.open(artifact)
     rows = run_seeds(opened, batch_sizes=sorted(parse_batch_sizes(batch_sizes)), **options)
-    _print_rows(f"{options['num_requests']} requests at once; times in ms", rows, _SEEDS_COLUMNS)
+    _print_rows(f"{options['num_requests']} requests at once; times in ms; limit: tok/s", rows, _SEEDS_COLUMNS)
+    _print_gain(rows)
     if csv_file is not None:
         write_csv(rows, csv_file)
     if picture is not None:
         draw_seeds(rows, _caption(opened), picture)
     _finish({"model_id": opened.manifest.model.id, "rows": rows}, None)
+
+
+def _print_gain(rows: list[dict[str, Any]]) -> None:
+    """The widest continuous batching over one at a time, and what the limit allows."""
+    baseline = next((row for row in rows if row["batch_size"] == 1), None)
+    if baseline is None or rows[-1]["batch_size"] == 1:
+        return
+    widest = rows[-1]
+    OUT.print(
+        f"continuous at {widest['batch_size']} over one at a time: {widest['tokens_per_s'] / baseline['tokens_per_s']:.2f} x"
+        f" the tokens/s (limit over limit: {widest['limit_tokens_per_s'] / baseline['limit_tokens_per_s']:.2f} x), mean"
+        f" latency {widest['latency_ms'] / baseline['latency_ms'] - 1:+.0%}",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 @bench.command("policies")

@@ -25,10 +25,13 @@ class Roofline:
             context_lens: positions that each decode row attends to. What attention itself multiplies is not counted.
             num_prompt_tokens: of one prompt, which gives one row of logits.
         """
-        read = step_bytes(manifest, context_lens) / (self.bandwidth_gbps * 1e6)
-        if self.gproducts is None:
-            return read
-        return max(read, step_products(manifest, len(context_lens), num_prompt_tokens) / (self.gproducts * 1e6))
+        products = step_products(manifest, len(context_lens), num_prompt_tokens)
+        return self.ms(step_bytes(manifest, context_lens), products)
+
+    def ms(self, num_bytes: float, num_products: float) -> float:
+        """Milliseconds in which so much cannot be undercut, the one beside the other."""
+        read = num_bytes / (self.bandwidth_gbps * 1e6)
+        return read if self.gproducts is None else max(read, num_products / (self.gproducts * 1e6))
 
 
 def best_of(rooflines: Sequence[Roofline]) -> Roofline:

@@ -22,6 +22,8 @@ def draw_seeds(rows: Sequence[Mapping[str, Any]], title: str, path: Path) -> Non
         sizes = [row["batch_size"] for row in mine]
         left.plot(sizes, [row["tokens_per_s"] for row in mine], marker, label=scheduler)
         right.plot(sizes, [row["latency_p95_ms"] / 1000 for row in mine], marker, label=scheduler)
+    limits = sorted({(row["batch_size"], row["limit_tokens_per_s"]) for row in rows})
+    left.plot([size for size, _ in limits], [limit for _, limit in limits], "k:", label="limit")
     left.set_ylabel("output tokens/s")
     right.set_ylabel("95th percentile of latency, s")
     every = sorted({row["batch_size"] for row in rows})

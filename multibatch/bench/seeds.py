@@ -16,6 +16,9 @@ from multibatch.artifact import Artifact
 from multibatch.backends.load import load_programs
 from multibatch.bench.load import ScriptedEngine, run_load
 from multibatch.config import EngineConfig
+from multibatch.machine_rates import measure_roofline
+from multibatch.manifest import Manifest
+from multibatch.roofline import Roofline, best_of, step_bytes, step_products
 from multibatch.trace import RequestTimes, TraceRequest, make_trace, percentile
 
 COLUMNS = (
@@ -28,6 +31,7 @@ COLUMNS = (
     "latency_ms",
     "latency_p50_ms",
     "latency_p95_ms",
+    "limit_tokens_per_s",
 )
 
 
@@ -47,19 +51,33 @@ def run_seeds(
     most batch_size run, and one that ends makes room at once. Each row is the median run by tokens per second.
 
     Returns:
-        A row of COLUMNS for each scheduler and batch size; static with 1 is the baseline.
+        A row of COLUMNS for each scheduler and batch size; static with 1 is the baseline. limit_tokens_per_s is what the
+        machine's rates allow, measured in the same run: with batch_size rows in every decode step, all weights read
+        for each, and all products made.
     """
     load: dict[str, Any] = {"request_rate": float("inf"), "input_len": input_len, "output_len": output_len}
     trace = make_trace(num_requests, **load, lengths="uniform", seed=seed)
     programs = load_programs(artifact)
     cases = [("static", size) for size in batch_sizes] + [("continuous", size) for size in batch_sizes if size > 1]
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {case: [] for case in cases}
+    rooflines = []
     for _ in range(repeats):
+        rooflines.append(measure_roofline(artifact.manifest))
         for scheduler, size in cases:
             engine = ScriptedEngine(artifact, EngineConfig(max_num_seqs=size, enable_prefix_caching=False), programs)
             groups = [trace[i : i + size] for i in range(0, len(trace), size)] if scheduler == "static" else [trace]
             runs[scheduler, size].append(_row(scheduler, size, _run_groups(engine, groups)))
-    return [_median_run(rows) for rows in runs.values()]
+    limits = {size: _limit(artifact.manifest, best_of(rooflines), trace, size) for size in batch_sizes}
+    return [{**_median_run(rows), "limit_tokens_per_s": limits[size]} for (_, size), rows in runs.items()]
+
+
+def _limit(manifest: Manifest, roofline: Roofline, trace: Sequence[TraceRequest], batch_size: int) -> float:
+    num_outputs = sum(request.output_length for request in trace)
+    context = round(fmean(request.input_length + request.output_length / 2 for request in trace))
+    num_steps = num_outputs / batch_size
+    products = num_steps * step_products(manifest, batch_size)
+    products += sum(step_products(manifest, 0, request.input_length) for request in trace)
+    return num_outputs * 1000 / roofline.ms(num_steps * step_bytes(manifest, [context] * batch_size), products)
 
 
 def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:

@@ -133,6 +133,7 @@ def test_seeds_compare_schedulers_and_draw_them(demo_artifact: Path, tmp_path: P
     for row in record["rows"]:
         assert 0 < row["prefill_ms"] <= row["ttft_ms"] <= row["latency_ms"]
         assert row["latency_p50_ms"] <= row["latency_p95_ms"]
+        assert row["tokens_per_s"] < row["limit_tokens_per_s"]
     assert len((tmp_path / "seeds.csv").read_text().splitlines()) == 6
     assert (tmp_path / "seeds.png").read_bytes().startswith(b"\x89PNG")
 
