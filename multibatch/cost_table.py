@@ -9,7 +9,7 @@ import csv
 import io
 import math
 from bisect import bisect_left
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
 from multibatch.errors import ConfigError
@@ -55,6 +55,7 @@ class CostTable:
             chunks.append((row.chunk_size, row.cost))
         self.ctx_lens = tuple(sorted({ctx for ctx, d_num in self._costs if d_num}))
         self.d_nums = tuple(sorted({d_num for _, d_num in self._costs if d_num}))
+        self._ctx_lens_of = {d: tuple(ctx for ctx in self.ctx_lens if (ctx, d) in self._costs) for d in self.d_nums}
 
     @classmethod
     def from_csv(cls, text: str, source: str = "the cost table") -> CostTable:
@@ -115,17 +116,24 @@ class CostTable:
                 raise ConfigError("the cost table has no steps of prompts alone (d_num 0); calibrate again")
             return _interpolate(self._costs[groups[0]], chunk_size)
         by_rows = []
-        for d_key in self.d_nums:
+        for d_key in _around(self.d_nums, d_num):
             by_ctx = [
                 (ctx, _interpolate(self._costs[ctx, d_key], chunk_size))
-                for ctx in self.ctx_lens
-                if (ctx, d_key) in self._costs
+                for ctx in _around(self._ctx_lens_of[d_key], ctx_len)
             ]
             by_rows.append((d_key, _interpolate(by_ctx, ctx_len)))
         return _interpolate(by_rows, d_num)
 
 
-def _interpolate(points: list[tuple[int, float]], x: float) -> float:
+def _around(keys: tuple[int, ...], x: float) -> tuple[int, ...]:
+    """The two of the ascending keys that x is between or, beyond the last, nearest to; up to the first, the first."""
+    if x <= keys[0]:
+        return keys[:1]
+    index = min(bisect_left(keys, x), len(keys) - 1)
+    return keys[max(index - 1, 0) : index + 1]
+
+
+def _interpolate(points: Sequence[tuple[int, float]], x: float) -> float:
     """The value at x of the line through the two points around it; below the first point, the first's value."""
     if len(points) == 1 or x <= points[0][0]:
         return points[0][1]

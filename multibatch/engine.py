@@ -34,6 +34,7 @@ from multibatch.scheduled_step import ScheduledStep
 from multibatch.scheduler import Scheduler, SchedulerConfig
 from multibatch.selector import Selector
 from multibatch.stats import CompletionTimes, EngineStats
+from multibatch.step_times import StepTimes
 from multibatch.tokenizer import Detokenizer, Tokenizer
 
 if TYPE_CHECKING:
@@ -73,12 +74,14 @@ class Engine:
         self._prefix_cache: PrefixCache | None = None
         if config.enable_prefix_caching:
             self._prefix_cache = PrefixCache(self._allocator, manifest.kv.block_size)
-        policies = build_policies(config, self.max_num_seqs, artifact.cost_table())
+        table = artifact.cost_table()
+        policies = build_policies(config, self.max_num_seqs, table)
         self.scheduler = Scheduler(self.limits, self._allocator, self._prefix_cache, policies)
         measured = {size: spec.measured_ms for size, spec in manifest.decoders.items() if spec.measured_ms is not None}
         cost = CostModel.from_mapping(measured)
         selector = Selector(DecoderLadder(manifest.decoder_batch_sizes), config.selector_policy, cost)  # type: ignore[arg-type]
         self.runner = Runner(manifest, self._programs, self.pool, selector)
+        self._step_times = StepTimes(table, selector, cost)
         tokenizer_dir = artifact.path / "tokenizer"
         self._tokenizer_dir: Path | None = tokenizer_dir if tokenizer_dir.is_dir() else None
         self._tokenizer: Tokenizer | None = None
@@ -208,6 +211,7 @@ class Engine:
             if completion.scheduled_ts is None:
                 completion.scheduled_ts = now
         self.stats.num_preemptions += len(step.preempted)
+        predicted = self._step_times.predict(step)
         try:
             sampled = self.compute(step)
         except (RuntimeError, StepError) as error:
@@ -217,6 +221,8 @@ class Engine:
         self.scheduler.update(step, sampled.token_ids)
         now = time.monotonic()
         self.scheduler.step_done(step, (now - started) * 1000)
+        if predicted is not None:
+            self.stats.step_predicted(predicted / 1000, now - started)
         waits: dict[float, int] = {}
         for sequence, token, logprobs in zip(step.sampled, sampled.token_ids, sampled.logprobs, strict=True):
             if sequence in live:

@@ -56,6 +56,8 @@ class EngineCollector(Collector):
             "prompt_tokens": ("Tokens of prompts, cached ones included.", stats.prompt_tokens),
             "prompt_tokens_cached": ("Tokens of prompts that were cached.", stats.prompt_tokens_cached),
             "generation_tokens": ("Tokens generated.", stats.generation_tokens),
+            "step_seconds": ("Time of the steps that could be predicted.", stats.step_seconds),
+            "step_predicted_seconds": ("What was predicted for them.", stats.step_predicted_seconds),
         }
         for name, (text, value) in counters.items():
             family = CounterMetricFamily(f"multibatch:{name}", text, labels=["model_name"])

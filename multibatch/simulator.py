@@ -14,8 +14,8 @@ from multibatch.kv.allocator import BlockAllocator
 from multibatch.policies.base import Policies
 from multibatch.request import Request, Sequence
 from multibatch.sampling_params import SamplingParams
-from multibatch.scheduled_step import ScheduledStep
 from multibatch.scheduler import Scheduler, SchedulerConfig
+from multibatch.step_times import predict_step
 from multibatch.trace import RequestTimes, TraceRequest
 
 _STOP = 1
@@ -55,7 +55,7 @@ def simulate(
             number, request = arriving.popleft()
             scheduler.add(_sequence(number, request))
         step = scheduler.schedule()
-        ms = _predict(table, step)
+        ms = predict_step(table, step)
         for sequence in step.sequences:
             entry = times[int(sequence.request_id)]
             entry.scheduled = now if entry.scheduled is None else entry.scheduled
@@ -86,9 +86,3 @@ def _sequence(number: int, request: TraceRequest) -> Sequence:
 def _next_token(sequence: Sequence, trace: AnySequence[TraceRequest]) -> int:
     is_last = sequence.num_output_tokens + 1 == trace[int(sequence.request_id)].output_length
     return _STOP if is_last else _OTHER
-
-
-def _predict(table: CostTable, step: ScheduledStep) -> float:
-    rows = len(step.decode)
-    mean = sum(sequence.num_computed_tokens for sequence in step.decode) / rows if rows else 0.0
-    return table.predict(mean, rows, step.num_prefill_tokens)

@@ -84,6 +84,16 @@ class EngineStats:
         self.iteration_tokens = Histogram(_STEP_TOKENS)
         """Tokens that a step computed, of prompts and of decode rows."""
 
+        self.step_seconds = 0.0
+        """Of the steps whose time could be predicted."""
+        self.step_predicted_seconds = 0.0
+        """What was predicted for them."""
+
+    def step_predicted(self, predicted: float, measured: float) -> None:
+        """A step ended for which there was a prediction, both in seconds."""
+        self.step_predicted_seconds += predicted
+        self.step_seconds += measured
+
     def first_token(self, num_prompt_tokens: int, num_cached_tokens: int, seconds: float) -> None:
         """A completion got its first token, so long after it was queued."""
         self.prompt_tokens += num_prompt_tokens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from multibatch import LLM, SamplingParams
+from multibatch.cost_table import CostRow, CostTable
+from multibatch.publish import store_cost_table
 from multibatch.runner import MAX_RECORDS
 from tests.e2e.pretended_programs import pretended_engine
 
@@ -37,6 +40,8 @@ COUNTERS = {
     "prompt_tokens_cached",
     "generation_tokens",
     "request_success",
+    "step_seconds",
+    "step_predicted_seconds",
     "program_steps",
     "program_live_rows",
     "program_padded_rows",
@@ -150,6 +155,27 @@ def test_figures_by_program_are_those_of_the_records(eager_artifact: Path) -> No
     assert scrape["program_seconds_total", name] == pytest.approx(sum(r.ms for r in records) / 1000)
     assert scrape["program_wasted_row_share", name] == pytest.approx(padded / (live + padded))
     assert scrape["program_steps_total", "prefill_16"] >= 1
+
+
+def test_predicted_and_measured_step_times_stand_beside_each_other(tmp_path: Path, eager_artifact: Path) -> None:
+    """By the times of the decoders, then by a cost table; prompts only by the latter."""
+    engine, _ = pretended_engine(eager_artifact)
+    decoders = engine.manifest.decoders
+    engine.add_request("a", [5, 6, 7], params(4))
+    engine.run_all()
+    scrape = Scrape(engine.metrics_text())
+    one = decoders[1].measured_ms
+    assert one is not None
+    assert scrape["step_predicted_seconds_total"] == pytest.approx(3 * one / 1000)
+    assert scrape["step_seconds_total"] > 0
+    calibrated = tmp_path / "calibrated"
+    shutil.copytree(eager_artifact, calibrated)
+    rows = [CostRow(64, 0, 16, 5.0), CostRow(64, 1, 0, 2.0), CostRow(64, 1, 16, 9.0)]
+    store_cost_table(calibrated, CostTable(rows))
+    engine, _ = pretended_engine(calibrated)
+    engine.add_request("a", [5, 6, 7], params(4))
+    engine.run_all()
+    assert Scrape(engine.metrics_text())["step_predicted_seconds_total"] == pytest.approx((5 + 3 * 2) / 1000)
 
 
 def test_cached_aborted_and_failed_requests_are_counted(eager_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
