@@ -145,6 +145,8 @@ class Scheduler:
         empty too while every running sequence is known to end with the ids on their way.
         """
         self._num_steps += 1
+        if self._prefix_cache is not None:
+            self._prefix_cache.begin_step()
         max_running = self._max_running()
         preempted = self._pause_for_head(max_running)
         decode = self._plan_decode(preempted)
@@ -309,6 +311,8 @@ class Scheduler:
             start = sequence.num_computed_tokens
             chunk = PrefillChunk(sequence, start, min(budget, sequence.num_tokens - start))
             sequence.num_computed_tokens = chunk.stop
+            if self._prefix_cache is not None:
+                self._prefix_cache.plan(sequence, chunk.start, chunk.stop)
             chunks.append(chunk)
             budget -= chunk.num_tokens
             if budget == 0 or len(chunks) == self._config.max_prefill_rows:

@@ -131,13 +131,13 @@ class BlockAllocator:
         return sum(block_id in self._idle for block_id in block_ids)
 
     def share(self, block_ids: Sequence[int]) -> None:
-        """Lends remembered blocks to one more holder each, with what is in them, all or none.
+        """Lends blocks that are remembered or lent to one more holder each, with what is in them, all or none.
 
         Raises:
-            BlockOwnershipError: one of them is not remembered; nothing was lent.
+            BlockOwnershipError: one of them is neither; nothing was lent.
         """
         for block_id in block_ids:
-            if block_id not in self._key_of:
+            if block_id not in self._key_of and self._why_not_lent(block_id) is not None:
                 raise BlockOwnershipError(f"block {block_id} cannot be shared: nobody knows what is in it")
         for block_id in block_ids:
             self._num_holders[block_id] += 1

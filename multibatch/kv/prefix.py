@@ -3,6 +3,9 @@
 The key of block i is SHA-256 over the key of block i - 1 and the block's own token ids, and the first one's over the
 request's `cache_salt`. So equal keys mean equal tokens from position 0 on, which is all that keys and values depend on:
 an artifact holds one model, and its programs give a position the same values whatever else is in the batch.
+
+What one prompt of a step computes, the prompts behind it in the same step need not: a program writes the keys and values of
+all its tokens before any of them attends. So n samples of one prompt compute it once.
 """
 
 from __future__ import annotations
@@ -32,18 +35,33 @@ class PrefixCache:
         """Starts with nothing known; the blocks are of `block_size` tokens."""
         self._allocator = allocator
         self._block_size = block_size
+        # Blocks that the step being planned will make full, by key.
+        self._planned: dict[bytes, int] = {}
         self.stats = PrefixCacheStats()
 
-    def match(self, sequence: Sequence) -> list[int]:
-        """The remembered blocks that hold the sequence's first tokens, none if its request asked not to read them.
+    def begin_step(self) -> None:
+        """A new step is planned: what the last one was to compute is remembered, or will not be there."""
+        self._planned.clear()
 
+    def plan(self, sequence: Sequence, start: int, stop: int) -> None:
+        """Says that the step being planned computes the tokens `start` up to `stop`."""
+        for index in range(start // self._block_size, stop // self._block_size):
+            self._planned.setdefault(self._key(sequence, index), sequence.block_ids[index])
+
+    def match(self, sequence: Sequence) -> list[int]:
+        """The blocks that hold the sequence's first tokens when its own are computed, remembered or planned ones.
+
+        None if its request asked not to read them.
         At least the newest token is left to compute, because its logits are wanted.
         """
         if sequence.request.params.skip_reading_prefix_cache:
             return []
         block_ids: list[int] = []
         for index in range((sequence.num_tokens - 1) // self._block_size):
-            block_id = self._allocator.find(self._key(sequence, index))
+            key = self._key(sequence, index)
+            block_id = self._allocator.find(key)
+            if block_id is None:
+                block_id = self._planned.get(key)
             if block_id is None:
                 break
             block_ids.append(block_id)

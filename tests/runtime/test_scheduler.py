@@ -489,6 +489,27 @@ def test_cached_blocks_are_shared_and_counted() -> None:
     assert (cache.stats.queries, cache.stats.hits) == (9 + 9 + 8 + 6, 12)
 
 
+def test_prompts_of_one_step_share_what_the_first_computes() -> None:
+    allocator = BlockAllocator(64)
+    cache = PrefixCache(allocator, CONFIG.block_size)
+    scheduler = Scheduler(CONFIG, allocator, cache)
+    for name in "abc":
+        scheduler.add(make_sequence(name, 10))
+    other = make_sequence("d", 10)
+    other.request = replace(other.request, cache_salt="s")
+    scheduler.add(other)
+    step = scheduler.schedule()
+    assert chunks(step) == [("a", 0, 10), ("b", 8, 10), ("c", 8, 10), ("d", 0, 2)]
+    a, b, c, d = scheduler.running
+    assert a.block_ids[:2] == b.block_ids[:2] == c.block_ids[:2]
+    assert len({*a.block_ids, *b.block_ids, *c.block_ids, *d.block_ids}) == 2 + 3 + 3  # 2 shared, the last of a, b, c; d
+    assert [sequence.num_cached_tokens for sequence in (a, b, c, d)] == [0, 8, 8, 0]
+    scheduler.fail(step)  # what the step should have computed is not there
+    assert allocator.num_free == allocator.num_total
+    scheduler.add(make_sequence("e", 10))
+    assert chunks(scheduler.schedule()) == [("e", 0, 10)]
+
+
 def test_a_salt_keeps_prefixes_apart() -> None:
     allocator = BlockAllocator(64)
     scheduler = Scheduler(CONFIG, allocator, PrefixCache(allocator, CONFIG.block_size))
