@@ -63,7 +63,8 @@ void linear_of(LinearCall<W, T>& call, int64_t K, const RowOf& row_of) {
   if (call.M == 0) return;
   prepare(call, K, row_of);
   const Tiling tiling(call.M, call.N);
-  ThreadPool::instance().run(tiling.count(), [&](int64_t tile) { linear_tile(call, tiling, tile); });
+  auto fn = [&](int64_t tile) { linear_tile(call, tiling, tile); };
+  ThreadPool::instance().run(tiling.count(), fn, tiling.tiles_are_long());
 }
 
 #define MULTIBATCH_DISPATCH(TYPE, NAME, ...)                                                      \
@@ -480,7 +481,7 @@ int64_t set_num_threads(int64_t num_threads) {
 
 double peak_rate(at::ScalarType weight, double seconds) {
   ThreadPool& pool = ThreadPool::instance();
-  auto run = [&](int64_t tiles, const std::function<void(int64_t)>& fn) { pool.run(tiles, fn); };
+  auto run = [&](int64_t tiles, const std::function<void(int64_t)>& fn) { pool.run(tiles, fn, true); };
   if (weight == at::kChar) return peak_rate_of<int8_t>(pool.num_threads(), seconds, run);
   double rate = 0;
   MULTIBATCH_DISPATCH(weight, "peak_rate", { rate = peak_rate_of<T>(pool.num_threads(), seconds, run); });

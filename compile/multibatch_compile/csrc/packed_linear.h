@@ -243,15 +243,15 @@ void panel_rows_of(int rows, const LinearCall<W, T>& c, int64_t panel, int64_t r
 // How a call is cut into tiles. Few rows: a panel each, read from memory once; a second group follows the first over
 // a chunk at a time. Many: a block of rows by a few panels, over chunks that keep both in the core's own caches.
 struct Tiling {
-  static constexpr int64_t kFewGroups = 2, kBlockGroups = 8, kBlockPanels = 4;
+  static constexpr int64_t kFewGroups = 2, kBlockGroups = 8, kBlockPanels = 2;
   Groups groups;
-  int64_t panels, panels_per_tile, groups_per_tile, row_blocks;
+  int64_t panels, panels_per_tile, row_blocks;
   Tiling(int64_t m, int64_t n) : groups(m), panels((n + kPanel - 1) / kPanel) {
     const bool few = groups.count <= kFewGroups;
     panels_per_tile = few ? 1 : kBlockPanels;
-    groups_per_tile = few ? groups.count : kBlockGroups;
-    row_blocks = (groups.count + groups_per_tile - 1) / groups_per_tile;
+    row_blocks = few ? 1 : (groups.count + kBlockGroups - 1) / kBlockGroups;
   }
+  bool tiles_are_long() const { return groups.count > kFewGroups; }
   // Tiles that share panels follow each other, so that the panels are still in the shared cache.
   int64_t count() const { return (panels + panels_per_tile - 1) / panels_per_tile * row_blocks; }
 };
@@ -262,8 +262,8 @@ void linear_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t tile) 
   static thread_local std::vector<Acc> carry;
   const int64_t p0 = tile / tiling.row_blocks * tiling.panels_per_tile;
   const int64_t p1 = std::min(p0 + tiling.panels_per_tile, tiling.panels);
-  const int64_t g0 = tile % tiling.row_blocks * tiling.groups_per_tile;
-  const int64_t g1 = std::min(g0 + tiling.groups_per_tile, tiling.groups.count);
+  const int64_t block = tile % tiling.row_blocks, count = tiling.groups.count;
+  const int64_t g0 = block * count / tiling.row_blocks, g1 = (block + 1) * count / tiling.row_blocks;
   const int64_t range = tiling.groups.count == 1 ? std::max<int64_t>(c.units, 1) : kChunk / Format<W>::lanes;
   carry.resize(Tiling::kBlockPanels * Tiling::kBlockGroups * kMaxRows * 2);
   for (int64_t from = 0; from == 0 || from < c.units; from += range)

@@ -3,8 +3,9 @@
 // Why not OpenMP: its parallel regions end when every thread has arrived, so one neighbour on one core
 // costs every region a scheduler time slice. Here a job ends when its tiles are done; a thread that the
 // operating system put aside merely takes fewer of them, and holds back at worst the one in its hand. When that
-// happens a worker rests for a while: its core goes to whom the others had to share theirs with, and fewer threads that
-// are never put aside finish sooner than all of them where one is, every few milliseconds, in the middle of a tile.
+// happens in a job of short tiles, a worker rests for a while: its core goes to whom the others had to share theirs with,
+// and fewer threads that are never put aside finish sooner than all of them where one is, every few milliseconds, in the
+// middle of a tile. A job of long tiles takes many of those milliseconds anyway, and is done sooner by all.
 #pragma once
 
 #include <algorithm>
@@ -50,15 +51,18 @@ class ThreadPool {
 
   int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
 
-  // Calls fn(tile) for every tile in [0, num_tiles), in any order and on any thread; returns when all are done.
-  void run(int64_t num_tiles, const std::function<void(int64_t)>& fn) {
+  // Calls fn(tile) for every tile in [0, num_tiles), in any order and on any thread; returns when all are done. Tiles are
+  // long if one alone may take a millisecond.
+  void run(int64_t num_tiles, const std::function<void(int64_t)>& fn, bool are_long = false) {
     if (num_tiles <= 0) return;
     std::lock_guard<std::mutex> one_caller(run_mutex_);
     if (num_tiles == 1 || workers_.empty()) {
       for (int64_t i = 0; i < num_tiles; ++i) fn(i);
       return;
     }
+    if (are_long && resting_.load() > 0) end_rest();
     job_ = &fn;
+    may_rest_ = !are_long;
     done_.store(0, std::memory_order_relaxed);
     ticket_.store(static_cast<uint64_t>(num_tiles) << 32, std::memory_order_seq_cst);
     if (sleepers_.load(std::memory_order_seq_cst) > 0) {
@@ -95,7 +99,7 @@ class ThreadPool {
       (*job_)(static_cast<int64_t>(t & kNext));
       done_.fetch_add(1, std::memory_order_acq_rel);
       const Clock::time_point after = Clock::now();
-      if (after - before > kSlowTile && was_put_aside()) rest_one(after);
+      if (after - before > kSlowTile && may_rest_ && was_put_aside()) rest_one(after);
       before = after;
     }
   }
@@ -120,6 +124,13 @@ class ThreadPool {
     rest_since_ = now;
     rest_until_ = now + rest_;
     resting_.store(std::min(resting_.load() + 1, std::max(num_workers_ - 1, 0)));
+  }
+
+  void end_rest() {
+    std::lock_guard<std::mutex> lock(sleep_mutex_);
+    rest_until_ = Clock::now();
+    resting_.store(0);
+    wake_up_.notify_all();
   }
 
   bool must_rest(int worker) const { return worker > num_workers_ - resting_.load(); }
@@ -178,6 +189,7 @@ class ThreadPool {
   std::chrono::milliseconds rest_ = kRest;
   std::atomic<int> resting_{0};  // workers that take no tiles, the last ones
   const std::function<void(int64_t)>* job_ = nullptr;
+  std::atomic<bool> may_rest_{true};  // as the job's tiles are short
   alignas(64) std::atomic<uint64_t> ticket_{0};  // high half: tiles of the job; low half: the next one
   alignas(64) std::atomic<int64_t> done_{0};
   alignas(64) std::atomic<int> sleepers_{0};
