@@ -1,0 +1,367 @@
+"""multibatch and other engines in turn: the same machine, the same model, the same token ids.
+
+Usage: python benchmarks/peers.py ARTIFACT --peer openvino:FOLDER --python openvino=VENV/bin/python …
+
+Prints tokens per second, their share of what the machine's rates allow and our ratio to each peer; the last line is one
+JSON. `peer_engines.py` runs each engine in a process of its own. What the workloads are: benchmarks/README.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import click
+from rich.table import Table
+
+from multibatch.artifact import Artifact
+from multibatch.errors import MultibatchError
+from multibatch.hardware import read_cpu_info, usable_cores
+from multibatch.manifest import Manifest
+from multibatch.roofline import Roofline, best_of
+from multibatch.terminal import OUT
+
+OURS = "multibatch"
+KINDS = ("openvino", "llamacpp", "vllm")
+RAGGED = 0.1
+Prompts = list[list[int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One line of the table: requests, how many may run at once, and what is counted."""
+
+    name: str
+    work: str
+    prompts: Prompts
+    lengths: list[int]
+    running: int
+
+    def rate(self, answer: Mapping[str, list[float]]) -> float:
+        """Tokens per second: decoded ones, prompt tokens, or all that came out."""
+        if self.work == "w1":
+            return (sum(self.lengths) - len(self.lengths)) / (max(answer["last"]) - max(answer["first"]))
+        tokens = sum(map(len, self.prompts)) if self.work == "prefill" else sum(self.lengths)
+        return tokens / max(answer["last"])
+
+    @property
+    def longest(self) -> int:
+        """Positions of the longest request."""
+        return max(len(prompt) + length for prompt, length in zip(self.prompts, self.lengths, strict=True))
+
+    def ragged(self, answer: Mapping[str, list[float]]) -> float:
+        """Share of W1's decode time in which some requests had ended already: not a batch of that size any more."""
+        if self.work != "w1":
+            return 0.0
+        return (max(answer["last"]) - min(answer["last"])) / (max(answer["last"]) - max(answer["first"]))
+
+
+def make_cases(
+    works: Sequence[str], batches: Sequence[int], input_len: int, output_len: int, vocab_size: int, most: int
+) -> list[Case]:
+    """Cases of random ids, the same at every call. At most `most` requests run at once."""
+    rng = random.Random(0)
+
+    def ids(count: int, length: int) -> Prompts:
+        return [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(count)]
+
+    cases: list[Case] = []
+    for work in works:
+        if work == "w1":
+            cases += [Case(f"W1 x {b}", work, ids(b, input_len), [output_len] * b, b) for b in batches]
+        elif work == "prefill":
+            shapes = [(1, input_len), (1, 8 * input_len), (min(8, most), input_len)]
+            cases += [Case(f"prefill {n} x {length}", work, ids(n, length), [1] * n, n) for n, length in shapes]
+        else:
+            lengths = [rng.randint(max(1, output_len // 4), 2 * output_len) for _ in range(32)]
+            prompts = [ids(1, rng.randint(max(1, input_len // 8), 2 * input_len))[0] for _ in range(32)]
+            cases.append(Case("W2", work, prompts, lengths, min(8, most)))
+    return cases
+
+
+class Worker:
+    """An engine's process, in a session of its own so that its children end with it."""
+
+    def __init__(self, name: str, command: list[str], environment: Mapping[str, str], timeout: float) -> None:
+        self.name, self._timeout = name, timeout
+        self._log: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - open while the process is
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            env=environment,
+            start_new_session=True,
+        )
+        self.version: str = self._read()["version"]
+
+    def ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
+        """Sends a job and waits for the answer."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(job) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def run(self, case: Case, most_tokens: int | None = None) -> dict[str, Any]:
+        """Runs a case, or its first requests with few tokens each; every token asked for must come."""
+        prompts, lengths = case.prompts, case.lengths
+        if most_tokens is not None:
+            prompts = prompts[: case.running + 1]
+            lengths = [min(n, most_tokens) for n in lengths[: len(prompts)]]
+        answer = self.ask({"prompts": prompts, "lengths": lengths})
+        for i, (got, length) in enumerate(zip(answer["num_tokens"], lengths, strict=True)):
+            if got != length:
+                raise click.ClickException(f"{self.name}, {case.name}: request {i} got {got} tokens of {length}")
+        return answer
+
+    def close(self) -> None:
+        """Ends the process and its children."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with suppress(subprocess.TimeoutExpired, BrokenPipeError):
+            self._process.stdin.close()
+            self._process.wait(30)
+        self._kill()
+        self._process.wait()
+        self._process.stdout.close()
+        self._log.close()
+
+    def _read(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        timer = threading.Timer(self._timeout, self._kill)
+        timer.start()
+        line = self._process.stdout.readline()
+        timer.cancel()
+        if line:
+            answer: dict[str, Any] = json.loads(line)
+            return answer
+        self._kill()
+        self._process.wait()
+        self._log.seek(0)
+        tail = "\n".join(self._log.read().splitlines()[-8:])
+        raise click.ClickException(f"{self.name} ended, or took over {self._timeout:g} s:\n{tail}")
+
+    def _kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """How to start an engine."""
+
+    name: str
+    kind: str
+    path: str
+    python: str
+
+    def start(self, case: Case, threads: int, timeout: float) -> Worker:
+        """A worker that is ready for this case."""
+        settings = {"threads": threads, "max_running": case.running, "max_len": case.longest}
+        script = str(Path(__file__).with_name("peer_engines.py"))
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        if self.kind != OURS:
+            environment.pop("PYTHONPATH", None)
+            environment["PATH"] = os.pathsep.join([str(Path(self.python).parent), environment.get("PATH", "")])
+        command = [self.python, script, self.kind, self.path, json.dumps(settings)]
+        return Worker(self.name, command, environment, timeout)
+
+
+def make_specs(artifact: Path, peers: Sequence[tuple[str, str]], pythons: Mapping[str, str]) -> list[Spec]:
+    """Ours first; peers are named by their kind, and by their file too where two are of one kind."""
+    kinds = [kind for kind, _ in peers]
+    specs = [Spec(OURS, OURS, str(artifact), sys.executable)]
+    for kind, path in peers:
+        name = kind if kinds.count(kind) == 1 else f"{kind}:{Path(path).name}"
+        specs.append(Spec(name, kind, path, pythons.get(kind, sys.executable)))
+    return specs
+
+
+@dataclass(slots=True)
+class Measured:
+    """All rounds: the rate and raggedness of each (case, engine), and what the machine could do meanwhile."""
+
+    rates: dict[tuple[str, str], list[float]]
+    ragged: dict[tuple[str, str], list[float]]
+    rooflines: list[Roofline]
+    versions: dict[str, str]
+
+
+def measure(specs: Sequence[Spec], cases: Sequence[Case], rounds: int, threads: int, timeout: float) -> Measured:
+    """Every engine in turn runs a case before the next case comes, each time in a new process: what an idle engine's
+    threads do costs the others nothing.
+    """
+    keys = [(case.name, spec.name) for case in cases for spec in specs]
+    found = Measured({key: [] for key in keys}, {key: [] for key in keys}, [], {})
+    for case, spec in ((case, spec) for _ in range(rounds) for case in cases for spec in specs):
+        with closing(spec.start(case, threads, timeout)) as worker:
+            worker.run(case, most_tokens=4)
+            answers = [worker.run(case) for _ in range(3 if case.work == "prefill" else 1)]
+            found.rates[case.name, spec.name].append(statistics.median(map(case.rate, answers)))
+            found.ragged[case.name, spec.name].append(max(map(case.ragged, answers)))
+            found.versions[spec.name] = worker.version
+            if spec.kind == OURS and case.work == "w1":
+                found.rooflines.append(Roofline(**worker.ask({"rates": True})))
+    return found
+
+
+def summarize(
+    specs: Sequence[Spec], cases: Sequence[Case], found: Measured, manifest: Manifest
+) -> list[dict[str, Any]]:
+    """A JSON-ready row per case. The limit is that of our artifact's step, for every engine."""
+    rows = []
+    for case in cases:
+        limit = None
+        if case.work == "w1" and found.rooflines:
+            contexts = [len(p) + n // 2 for p, n in zip(case.prompts, case.lengths, strict=True)]
+            limit = len(contexts) * 1000 / best_of(found.rooflines).step_ms(manifest, contexts)
+        engines = {}
+        ours = found.rates[case.name, specs[0].name]
+        for spec in specs:
+            rates = found.rates[case.name, spec.name]
+            rate = statistics.median(rates)
+            engines[spec.name] = {
+                "tokens_per_s": round(rate, 2),
+                "share_of_limit": round(rate / limit, 4) if limit else None,
+                "ragged": round(statistics.median(found.ragged[case.name, spec.name]), 3),
+                "rounds": [round(r, 2) for r in rates],
+                "ours_over": round(median_ratio(ours, rates), 4),
+            }
+        rows.append({"case": case.name, "limit_tokens_per_s": limit and round(limit, 1), "engines": engines})
+    return rows
+
+
+def median_ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Of the ratios within each round: what drifts from round to round cancels."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+
+
+def table_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
+    """Cells of a line per case and engine."""
+    for row in rows:
+        for name, engine in row["engines"].items():
+            rate = f"{'~' if engine['ragged'] > RAGGED else ''}{engine['tokens_per_s']:.1f}"
+            share = "" if engine["share_of_limit"] is None else f"{engine['share_of_limit']:.0%}"
+            ratio = "" if name == OURS else f"{engine['ours_over']:.2f} x"
+            yield [row["case"] if name == OURS else "", name, rate, share, ratio]
+
+
+def pairs(separator: str) -> Any:
+    """A callback that takes options of the form KIND, separator, PATH apart."""
+
+    def split(_context: click.Context, _option: click.Parameter, values: Sequence[str]) -> list[tuple[str, str]]:
+        found = [(kind, path) for kind, _, path in (value.partition(separator) for value in values)]
+        if any(kind not in KINDS or not path for kind, path in found):
+            raise click.BadParameter(f"want KIND{separator}PATH, where KIND is one of {', '.join(KINDS)}")
+        return found
+
+    return split
+
+
+def numbers(_context: click.Context, _option: click.Parameter, value: str) -> list[int]:
+    """A list such as 1,4,8."""
+    if not all(part.isdecimal() and int(part) for part in value.split(",")):
+        raise click.BadParameter(f"{value!r} is not a list such as 1,4,8")
+    return [int(part) for part in value.split(",")]
+
+
+def works(_context: click.Context, _option: click.Parameter, value: str) -> list[str]:
+    """A list of workloads."""
+    if unknown := set(value.split(",")) - {"w1", "w2", "prefill"}:
+        raise click.BadParameter(f"{', '.join(sorted(unknown))}: there are w1, w2 and prefill")
+    return value.split(",")
+
+
+@click.command()
+@click.argument("artifact", type=click.Path(exists=True, file_okay=False, path_type=Path))
+@click.option(
+    "--peer",
+    "peers",
+    multiple=True,
+    callback=pairs(":"),
+    help="KIND:PATH of another engine's model; may be given more than once.",
+)
+@click.option(
+    "--python", "pythons", multiple=True, callback=pairs("="), help="KIND=PATH of the Python that has that engine."
+)
+@click.option("--batches", callback=numbers, default="1,4,8,16", show_default=True, help="Batch sizes of W1.")
+@click.option("--work", callback=works, default="w1,w2,prefill", show_default=True)
+@click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
+@click.option("--input-len", type=click.IntRange(1), default=128, show_default=True, help="W1's; others in proportion.")
+@click.option("--output-len", type=click.IntRange(2), default=64, show_default=True, help="W1's; W2's in proportion.")
+@click.option("--threads", type=click.IntRange(1), help="Of every engine; default: the cores this process may use.")
+@click.option("--timeout", default=900.0, show_default=True, help="Seconds for one start or one measurement.")
+@click.option("--json", "target", type=click.Path(dir_okay=False, path_type=Path), help="Where to write the JSON too.")
+def main(
+    artifact: Path,
+    peers: list[tuple[str, str]],
+    pythons: list[tuple[str, str]],
+    batches: list[int],
+    work: list[str],
+    rounds: int,
+    input_len: int,
+    output_len: int,
+    threads: int | None,
+    timeout: float,
+    target: Path | None,
+) -> None:
+    """Run multibatch and other engines in turn."""
+    try:
+        manifest = Artifact.open(artifact).manifest
+    except MultibatchError as error:
+        raise click.ClickException(str(error)) from error
+    specs = make_specs(artifact, peers, dict(pythons))
+    if max(batches) > manifest.max_num_seqs and "w1" in work:
+        raise click.UsageError(f"the artifact runs {manifest.max_num_seqs} requests at once, not {max(batches)}")
+    cases = make_cases(work, batches, input_len, output_len, manifest.model.vocab_size, manifest.max_num_seqs)
+    for case in cases:
+        if case.longest > manifest.max_seq_len:
+            raise click.UsageError(
+                f"{case.name} needs {case.longest} positions, the artifact has {manifest.max_seq_len}"
+            )
+    threads = threads or usable_cores()
+    found = measure(specs, cases, rounds, threads, timeout)
+    rows = summarize(specs, cases, found, manifest)
+    table = Table(title=f"In turn, median of {rounds}")
+    for i, column in enumerate(("work", "engine", "tok/s", "of limit", f"{OURS} is")):
+        table.add_column(column, justify="left" if i < 2 else "right")
+    for cells in table_lines(rows):
+        table.add_row(*cells)
+    OUT.print(table)
+    best = best_of(found.rooflines) if found.rooflines else None
+    record = {
+        "model": manifest.model.id,
+        "dtype": manifest.model.dtype,
+        "models": {spec.name: Path(spec.path).name for spec in specs},
+        "cases": rows,
+        "rounds": rounds,
+        "input_len": input_len,
+        "output_len": output_len,
+        "bandwidth_gbps": best and round(best.bandwidth_gbps, 1),
+        "gproducts": best and best.gproducts and round(best.gproducts, 1),
+        "cpu": read_cpu_info().model_name,
+        "threads": threads,
+        "python": platform.python_version(),
+        "versions": found.versions,
+        "load_average": round(os.getloadavg()[0], 2),
+    }
+    if target:
+        target.write_text(json.dumps(record, indent=2) + "\n")
+    click.echo(json.dumps(record))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""benchmarks/peers.py: the figures it makes of times, and a run without any peer."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from benchmarks import peer_engines, peers
+from multibatch.artifact import Artifact
+from multibatch.roofline import Roofline
+
+
+def test_rates_and_raggedness() -> None:
+    w1 = peers.Case("W1 x 2", "w1", [[1] * 4, [2] * 4], [5, 5], 2)
+    answer = {"first": [1.0, 2.0], "last": [5.0, 6.0]}
+    assert w1.rate(answer) == 2 * 4 / (6.0 - 2.0)
+    assert w1.ragged(answer) == (6.0 - 5.0) / (6.0 - 2.0)
+    assert peers.Case("W2", "w2", [[1], [2]], [5, 7], 2).rate(answer) == 12 / 6.0
+    assert peers.Case("prefill", "prefill", [[1] * 9], [1], 1).rate({"first": [3.0], "last": [3.0]}) == 3.0
+
+
+def test_cases_are_the_same_at_every_call_and_fit_the_most_that_may_run() -> None:
+    arguments = (["w1", "w2", "prefill"], [1, 3], 128, 64, 1000, 4)
+    cases = peers.make_cases(*arguments)
+    assert cases == peers.make_cases(*arguments)
+    assert [c.name for c in cases] == [
+        "W1 x 1",
+        "W1 x 3",
+        "W2",
+        "prefill 1 x 128",
+        "prefill 1 x 1024",
+        "prefill 4 x 128",
+    ]
+    w2 = cases[2]
+    assert len(w2.prompts) == 32 and w2.running == 4
+    assert all(16 <= len(p) <= 256 for p in w2.prompts) and all(16 <= n <= 128 for n in w2.lengths)
+    assert all(0 <= token < 1000 for case in cases for prompt in case.prompts for token in prompt)
+
+
+def test_ratio_is_taken_within_a_round() -> None:
+    # the machine halves its speed from round to round, for both alike
+    assert peers.median_ratio([8.0, 4.0, 2.0], [4.0, 2.0, 1.0]) == 2.0
+
+
+def test_table_shows_share_ratio_and_raggedness(eager_artifact: Path) -> None:
+    specs = peers.make_specs(eager_artifact, [("llamacpp", "a.gguf"), ("llamacpp", "b.gguf")], {})
+    assert [s.name for s in specs] == ["multibatch", "llamacpp:a.gguf", "llamacpp:b.gguf"]
+    case = peers.Case("W1 x 1", "w1", [[1] * 4], [4], 1)
+    rates = {("W1 x 1", s.name): [rate] for s, rate in zip(specs, (6.0, 3.0, 12.0), strict=True)}
+    ragged = {key: [0.5 if key[1].endswith("b.gguf") else 0.0] for key in rates}
+    manifest = Artifact.open(eager_artifact).manifest
+    slow = Roofline(bandwidth_gbps=1e-3, gproducts=None)
+    rows = peers.summarize(specs, [case], peers.Measured(rates, ragged, [slow], {}), manifest)
+    limit = 1000 / slow.step_ms(manifest, [6])
+    assert rows[0]["limit_tokens_per_s"] == pytest.approx(limit, abs=0.1)
+    assert list(peers.table_lines(rows)) == [
+        ["W1 x 1", "multibatch", "6.0", f"{6 / limit:.0%}", ""],
+        ["", "llamacpp:a.gguf", "3.0", f"{3 / limit:.0%}", "2.00 x"],
+        ["", "llamacpp:b.gguf", "~12.0", f"{12 / limit:.0%}", "0.50 x"],
+    ]
+
+
+class _Scripted:
+    """One token per running request and step; ends a request after `stops` tokens."""
+
+    version = "scripted"
+
+    def __init__(self, keeps_limit: bool, stops: int = 99) -> None:
+        self.keeps_limit, self.stops = keeps_limit, stops
+        self.left: dict[int, int] = {}
+        self.most = 0
+
+    def add(self, request: int, prompt: list[int], num_tokens: int) -> None:
+        self.left[request] = min(num_tokens, self.stops)
+
+    def step(self) -> list[tuple[int, int]]:
+        self.most = max(self.most, len(self.left))
+        made = [(request, 1) for request in self.left]
+        self.left = {request: left - 1 for request, left in self.left.items() if left > 1}
+        return made
+
+
+@pytest.mark.parametrize(("keeps_limit", "most"), [(True, 5), (False, 2)])
+def test_an_engine_that_keeps_no_limit_is_fed(keeps_limit: bool, most: int) -> None:
+    engine = _Scripted(keeps_limit)
+    answer = peer_engines.generate(engine, 2, [[1]] * 5, [3, 1, 2, 4, 2])
+    assert answer["num_tokens"] == [3, 1, 2, 4, 2]
+    assert engine.most == most
+
+
+def test_a_request_that_ends_early_is_counted_as_it_came() -> None:
+    answer = peer_engines.generate(_Scripted(True, stops=2), 2, [[1]] * 2, [2, 3])
+    assert answer["num_tokens"] == [2, 2]
+
+
+def test_a_run_without_peers(eager_artifact: Path, tmp_path: Path) -> None:
+    target = tmp_path / "peers.json"
+    options = ["--batches", "2", "--rounds", "1", "--input-len", "6", "--output-len", "3", "--threads", "1"]
+    command = [sys.executable, peers.__file__, eager_artifact, *options, "--work", "w1", "--json", target]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert record == json.loads(target.read_text())
+    assert {"cpu", "threads", "versions", "bandwidth_gbps", "model"} <= set(record)
+    (case,) = record["cases"]
+    ours = case["engines"]["multibatch"]
+    assert ours["tokens_per_s"] > 0 and ours["ours_over"] == 1.0
+    assert ours["share_of_limit"] == pytest.approx(ours["tokens_per_s"] / case["limit_tokens_per_s"], abs=0.01)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--batches", "5"], "4 requests at once, not 5"),
+        (["--work", "prefill", "--batches", "1", "--input-len", "16"], "prefill 1 x 128 needs 129 positions"),
+        (["--peer", "other:x"], "openvino, llamacpp, vllm"),
+        (["--peer", "vllm:"], "KIND:PATH"),
+        (["--work", "w3"], "there are w1, w2 and prefill"),
+    ],
+)
+def test_what_cannot_be_run_is_refused_by_name(eager_artifact: Path, options: list[str], message: str) -> None:
+    done = CliRunner().invoke(peers.main, [str(eager_artifact), *options])
+    assert done.exit_code == 2 and message in done.output
