@@ -10,18 +10,18 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import peer_engines, peers
+from benchmarks import peer_engines, peer_worker, peers
 from multibatch.artifact import Artifact
 from multibatch.roofline import Roofline
 
 
 def test_rates_and_raggedness() -> None:
-    w1 = peers.Case("W1 x 2", "w1", [[1] * 4, [2] * 4], [5, 5], 2)
+    w1 = peer_worker.Case("W1 x 2", "w1", [[1] * 4, [2] * 4], [5, 5], 2)
     answer = {"first": [1.0, 2.0], "last": [5.0, 6.0]}
     assert w1.rate(answer) == 2 * 4 / (6.0 - 2.0)
     assert w1.ragged(answer) == (6.0 - 5.0) / (6.0 - 2.0)
-    assert peers.Case("W2", "w2", [[1], [2]], [5, 7], 2).rate(answer) == 12 / 6.0
-    assert peers.Case("prefill", "prefill", [[1] * 9], [1], 1).rate({"first": [3.0], "last": [3.0]}) == 3.0
+    assert peer_worker.Case("W2", "w2", [[1], [2]], [5, 7], 2).rate(answer) == 12 / 6.0
+    assert peer_worker.Case("prefill", "prefill", [[1] * 9], [1], 1).rate({"first": [3.0], "last": [3.0]}) == 3.0
 
 
 def test_cases_are_the_same_at_every_call_and_fit_the_most_that_may_run() -> None:
@@ -50,7 +50,7 @@ def test_ratio_is_taken_within_a_round() -> None:
 def test_table_shows_share_ratio_and_raggedness(eager_artifact: Path) -> None:
     specs = peers.make_specs(eager_artifact, [("llamacpp", "a.gguf"), ("llamacpp", "b.gguf")], {})
     assert [s.name for s in specs] == ["multibatch", "llamacpp:a.gguf", "llamacpp:b.gguf"]
-    case = peers.Case("W1 x 1", "w1", [[1] * 4], [4], 1)
+    case = peer_worker.Case("W1 x 1", "w1", [[1] * 4], [4], 1)
     rates = {("W1 x 1", s.name): [rate] for s, rate in zip(specs, (6.0, 3.0, 12.0), strict=True)}
     ragged = {key: [0.5 if key[1].endswith("b.gguf") else 0.0] for key in rates}
     manifest = Artifact.open(eager_artifact).manifest
@@ -101,8 +101,8 @@ def test_a_request_that_ends_early_is_counted_as_it_came() -> None:
 def test_a_run_without_peers(eager_artifact: Path, tmp_path: Path) -> None:
     target = tmp_path / "peers.json"
     options = ["--batches", "2", "--rounds", "1", "--input-len", "6", "--output-len", "3", "--threads", "1"]
-    command = [sys.executable, peers.__file__, eager_artifact, *options, "--work", "w1", "--json", target]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    command = [sys.executable, "-m", "benchmarks.peers", eager_artifact, *options, "--work", "w1", "--json", target]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(peers.__file__).parents[1])
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
     assert record == json.loads(target.read_text())

@@ -502,7 +502,9 @@ def test_prompts_of_one_step_share_what_the_first_computes() -> None:
     assert chunks(step) == [("a", 0, 10), ("b", 8, 10), ("c", 8, 10), ("d", 0, 2)]
     a, b, c, d = scheduler.running
     assert a.block_ids[:2] == b.block_ids[:2] == c.block_ids[:2]
-    assert len({*a.block_ids, *b.block_ids, *c.block_ids, *d.block_ids}) == 2 + 3 + 3  # 2 shared, the last of a, b, c; d
+    assert (
+        len({*a.block_ids, *b.block_ids, *c.block_ids, *d.block_ids}) == 2 + 3 + 3
+    )  # 2 shared, the last of a, b, c; d
     assert [sequence.num_cached_tokens for sequence in (a, b, c, d)] == [0, 8, 8, 0]
     scheduler.fail(step)  # what the step should have computed is not there
     assert allocator.num_free == allocator.num_total
