@@ -66,9 +66,14 @@ int64_t units_of(int64_t k) {
   return (k + Format<W>::unit - 1) / Format<W>::unit;
 }
 
-inline void prefetch_panel(const void* w) {
-  __builtin_prefetch(static_cast<const char*>(w) + kPrefetchBytes);
-}
+// Which bytes a pass over a unit of weights fetches ahead: so many behind the unit's own, two lines of 64.
+struct Ahead {
+  int64_t first = kPrefetchBytes, second = kPrefetchBytes + 64;
+  void fetch(const void* w) const {
+    __builtin_prefetch(static_cast<const char*>(w) + first);
+    __builtin_prefetch(static_cast<const char*>(w) + second);
+  }
+};
 
 constexpr int64_t kChunk = 256;
 constexpr int64_t kChunkStride = kChunk + 16;  // rows do not fall on the same cache sets
@@ -86,27 +91,25 @@ inline void fma_rows(f32x16 (&acc)[R][2], const float* x, f32x16 w0, f32x16 w1) 
 // panel_product: acc[R][32] += x[R, units] . w[units, 32], within one chunk.
 
 template <int R>
-inline void panel_product(const float* w, const float* x, int64_t units, f32x16 (&acc)[R][2]) {
+inline void panel_product(const float* w, const float* x, int64_t units, Ahead ahead, f32x16 (&acc)[R][2]) {
   for (int64_t i = 0; i < units; ++i, w += kPanel, ++x) {
-    prefetch_panel(w);
-    prefetch_panel(w + 16);
+    ahead.fetch(w);
     fma_rows<R>(acc, x, load_vector<f32x16>(w), load_vector<f32x16>(w + 16));
   }
 }
 
 template <int R>
-inline void panel_product(const c10::Half* w, const float* x, int64_t units, f32x16 (&acc)[R][2]) {
+inline void panel_product(const c10::Half* w, const float* x, int64_t units, Ahead ahead, f32x16 (&acc)[R][2]) {
   for (int64_t i = 0; i < units; ++i, w += kPanel, ++x) {
-    prefetch_panel(w);
+    ahead.fetch(w);
     fma_rows<R>(acc, x, floats_of(w), floats_of(w + 16));
   }
 }
 
 template <int R>
-inline void panel_product(const c10::BFloat16* w, const float* x, int64_t units, f32x16 (&acc)[R][2]) {
+inline void panel_product(const c10::BFloat16* w, const float* x, int64_t units, Ahead ahead, f32x16 (&acc)[R][2]) {
   for (int64_t i = 0; i < units; ++i, w += 2 * kPanel, x += 2) {
-    prefetch_panel(w);
-    prefetch_panel(w + kPanel);
+    ahead.fetch(w);
     u32x16 p0 = load_vector<u32x16>(w), p1 = load_vector<u32x16>(w + kPanel);
     u32x16 even0 = p0 << 16, even1 = p1 << 16, odd0 = p0 & 0xffff0000u, odd1 = p1 & 0xffff0000u;
     fma_rows<R>(acc, x, load_vector<f32x16>(&even0), load_vector<f32x16>(&even1));
@@ -116,10 +119,9 @@ inline void panel_product(const c10::BFloat16* w, const float* x, int64_t units,
 
 #ifdef __AVX512BF16__
 template <int R>
-inline void panel_product(const c10::BFloat16* w, const uint32_t* x, int64_t units, f32x16 (&acc)[R][2]) {
+inline void panel_product(const c10::BFloat16* w, const uint32_t* x, int64_t units, Ahead ahead, f32x16 (&acc)[R][2]) {
   for (int64_t i = 0; i < units; ++i, w += 2 * kPanel, ++x) {
-    prefetch_panel(w);
-    prefetch_panel(w + kPanel);
+    ahead.fetch(w);
     __m512bh w0 = load_vector<__m512bh>(w), w1 = load_vector<__m512bh>(w + kPanel);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -142,10 +144,9 @@ inline i32x16 dot_bytes(i32x16 acc, uint32_t x, i32x16 w) {
 }
 
 template <int R>
-inline void panel_product(const int8_t* w, const uint32_t* x, int64_t units, i32x16 (&acc)[R][2]) {
+inline void panel_product(const int8_t* w, const uint32_t* x, int64_t units, Ahead ahead, i32x16 (&acc)[R][2]) {
   for (int64_t i = 0; i < units; ++i, w += 4 * kPanel, ++x) {
-    prefetch_panel(w);
-    prefetch_panel(w + 2 * kPanel);
+    ahead.fetch(w);
     i32x16 w0 = load_vector<i32x16>(w), w1 = load_vector<i32x16>(w + 2 * kPanel);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -210,68 +211,96 @@ inline void finish_rows(const LinearCall<int8_t, T>& c, int64_t panel, int64_t r
   }
 }
 
-// Units [from, to) of one panel for one group of R rows, `from` at the start of a chunk. `carry` holds the group's sums
-// between two ranges.
+// Units [from, to) of one panel. All of them, or a range within one chunk.
+struct Range {
+  int64_t panel, from, to;
+  Ahead ahead;
+};
+
+// A range for one group of R rows. `carry` holds the group's sums between two ranges.
 template <int R, typename W, typename T>
-void panel_rows(const LinearCall<W, T>& c, int64_t panel, int64_t row, int64_t from, int64_t to,
-                typename Format<W>::Acc* carry) {
+void panel_rows(const LinearCall<W, T>& c, const Range& range, int64_t row, typename Format<W>::Acc* carry) {
   using Acc = typename Format<W>::Acc;
+  using Lane = typename Format<W>::Lane;
   constexpr int unit = Format<W>::unit, lanes = Format<W>::lanes;
   constexpr int64_t chunk_units = kChunk / lanes;
   Acc acc[R][2] = {};
+  const int64_t from = range.from, to = range.to;
   if (from)
     for (int i = 0; i < 2 * R; ++i) acc[i / 2][i % 2] = load_vector<Acc>(carry + i);
-  const W* w = c.packed + (panel * c.units + from) * kPanel * unit;
-  for (int64_t u = from; u < to; u += chunk_units, w += chunk_units * kPanel * unit)
-    panel_product<R>(w, c.x + (u / chunk_units * c.M + row) * kChunkStride, std::min(chunk_units, to - u), acc);
+  const W* w = c.packed + (range.panel * c.units + from) * kPanel * unit;
+  for (int64_t u = from; u < to; u += chunk_units, w += chunk_units * kPanel * unit) {
+    const Lane* x = c.x + (u / chunk_units * c.M + row) * kChunkStride + u % chunk_units * lanes;
+    panel_product<R>(w, x, std::min(chunk_units, to - u), range.ahead, acc);
+  }
   if (to < c.units) {
     for (int i = 0; i < 2 * R; ++i) store_vector(carry + i, acc[i / 2][i % 2]);
   } else {
-    finish_rows<R>(c, panel, row, acc);
+    finish_rows<R>(c, range.panel, row, acc);
   }
 }
 
 template <typename W, typename T, int R = kMaxRows>
-void panel_rows_of(int rows, const LinearCall<W, T>& c, int64_t panel, int64_t row, int64_t from, int64_t to,
+void panel_rows_of(int rows, const LinearCall<W, T>& c, const Range& range, int64_t row,
                    typename Format<W>::Acc* carry) {
   if constexpr (R > 0) {
-    if (rows == R) return panel_rows<R>(c, panel, row, from, to, carry);
-    panel_rows_of<W, T, R - 1>(rows, c, panel, row, from, to, carry);
+    if (rows == R) return panel_rows<R>(c, range, row, carry);
+    panel_rows_of<W, T, R - 1>(rows, c, range, row, carry);
   }
 }
 
-// How a call is cut into tiles. Few rows: a panel each, read from memory once; a second group follows the first over
-// a chunk at a time. Many: a block of rows by a few panels, over chunks that keep both in the core's own caches.
+// How a call is cut into tiles. One group of rows: a panel each, read once from end to end. Two: some panels each; the
+// second group follows the first over a short range, and each of them fetches half of the next range from memory, which
+// else would rest while the second computes. Many: a block of rows by a few panels, over chunks that keep both in the
+// core's own caches.
 struct Tiling {
-  static constexpr int64_t kFewGroups = 2, kBlockGroups = 8, kBlockPanels = 2;
+  static constexpr int64_t kBlockGroups = 8, kBlockPanels = 2, kPairPanels = 2, kPairUnits = 64;
   Groups groups;
   int64_t panels, panels_per_tile, row_blocks;
   Tiling(int64_t m, int64_t n) : groups(m), panels((n + kPanel - 1) / kPanel) {
-    const bool few = groups.count <= kFewGroups;
-    panels_per_tile = few ? 1 : kBlockPanels;
-    row_blocks = few ? 1 : (groups.count + kBlockGroups - 1) / kBlockGroups;
+    panels_per_tile = groups.count == 1 ? 1 : groups.count == 2 ? kPairPanels : kBlockPanels;
+    row_blocks = (groups.count + kBlockGroups - 1) / kBlockGroups;
   }
-  bool tiles_are_long() const { return groups.count > kFewGroups; }
+  bool tiles_are_long() const { return groups.count > 2; }
   // Tiles that share panels follow each other, so that the panels are still in the shared cache.
   int64_t count() const { return (panels + panels_per_tile - 1) / panels_per_tile * row_blocks; }
 };
 
+template <typename Acc>
+Acc* carries() {
+  static thread_local std::vector<Acc> memory(Tiling::kBlockPanels * Tiling::kBlockGroups * kMaxRows * 2);
+  return memory.data();
+}
+
+template <typename W, typename T>
+void pair_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int64_t p1) {
+  using Acc = typename Format<W>::Acc;
+  constexpr int64_t bytes = Tiling::kPairUnits * Format<W>::unit * kPanel * sizeof(W);
+  Acc* const carry = carries<Acc>();
+  for (int64_t p = p0; p < p1; ++p)
+    for (int64_t from = 0; from == 0 || from < c.units; from += Tiling::kPairUnits)
+      for (int64_t g = 0; g < 2; ++g) {
+        const Range range{p, from, std::min(from + Tiling::kPairUnits, c.units), {bytes + 64 * g, bytes + 64 * g}};
+        panel_rows_of<W, T>(tiling.groups.size(g), c, range, tiling.groups.start(g), carry + g * kMaxRows * 2);
+      }
+}
+
 template <typename W, typename T>
 void linear_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t tile) {
   using Acc = typename Format<W>::Acc;
-  static thread_local std::vector<Acc> carry;
   const int64_t p0 = tile / tiling.row_blocks * tiling.panels_per_tile;
   const int64_t p1 = std::min(p0 + tiling.panels_per_tile, tiling.panels);
   const int64_t block = tile % tiling.row_blocks, count = tiling.groups.count;
+  if (count == 2) return pair_tile(c, tiling, p0, p1);
   const int64_t g0 = block * count / tiling.row_blocks, g1 = (block + 1) * count / tiling.row_blocks;
-  const int64_t range = tiling.groups.count == 1 ? std::max<int64_t>(c.units, 1) : kChunk / Format<W>::lanes;
-  carry.resize(Tiling::kBlockPanels * Tiling::kBlockGroups * kMaxRows * 2);
-  for (int64_t from = 0; from == 0 || from < c.units; from += range)
+  const int64_t length = count == 1 ? std::max<int64_t>(c.units, 1) : kChunk / Format<W>::lanes;
+  Acc* const carry = carries<Acc>();
+  for (int64_t from = 0; from == 0 || from < c.units; from += length)
     for (int64_t p = p0; p < p1; ++p)
       for (int64_t g = g0; g < g1; ++g) {
-        Acc* held = carry.data() + ((p - p0) * Tiling::kBlockGroups + (g - g0)) * kMaxRows * 2;
-        panel_rows_of<W, T>(tiling.groups.size(g), c, p, tiling.groups.start(g), from,
-                            std::min(from + range, c.units), held);
+        Acc* held = carry + ((p - p0) * Tiling::kBlockGroups + (g - g0)) * kMaxRows * 2;
+        const Range range{p, from, std::min(from + length, c.units), {}};
+        panel_rows_of<W, T>(tiling.groups.size(g), c, range, tiling.groups.start(g), held);
       }
 }
 
