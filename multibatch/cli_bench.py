@@ -295,7 +295,8 @@ def _print_gain(rows: list[dict[str, Any]]) -> None:
 @click.option("--output-len", default=64, show_default=True, help="Mean new tokens.")
 @click.option("--longest-output", default=512, show_default=True, help="What every request declares as max_tokens.")
 @click.option("--num-kv-blocks", default=96, show_default=True, help="Of the pool.")
-@click.option("--target-ttft-ms", default=10_000.0, show_default=True, help="95th percentile, for capacity.")
+@click.option("--capacity-requests", default=512, show_default=True, help="Of the simulated loads that find capacity.")
+@click.option("--target-ttft-ms", default=2_000.0, show_default=True, help="95th percentile, for capacity.")
 @click.option(
     "--target-tpot-ms", default=100.0, show_default=True, help="95th percentile, for capacity and the deadline policy."
 )

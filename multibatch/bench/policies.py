@@ -29,6 +29,9 @@ class PoliciesOptions:
     """What is sent, and what it has to keep to."""
 
     num_requests: int = 64
+    """Of each run on the engine."""
+    capacity_requests: int = 512
+    """Of each load in the search for capacity, which only the simulator runs."""
     input_len: int = 64
     """Mean tokens of a prompt."""
     output_len: int = 64
@@ -39,7 +42,7 @@ class PoliciesOptions:
     """Of the pool: memory is what the policies share out."""
     request_rate: float = float("inf")
     """Requests per second of the throughput runs; infinity: the queue is full from the start."""
-    target_ttft_ms: float = 10_000.0
+    target_ttft_ms: float = 2_000.0
     """95th percentile that a rate has to keep to count as capacity."""
     target_tpot_ms: float = 100.0
     """The same for the time per output token; also the deadline policy's target."""
@@ -51,7 +54,7 @@ def run_policies(artifact: Artifact, options: PoliciesOptions) -> dict[str, Any]
 
     static: so many running sequences that the pool never overflows, whatever they declared; greedy: as many as the artifact
     runs, and preemption where the pool overflows; linear and statistical: Algorithm 1; dynamic: statistical and the
-    deadline (Algorithms 1 and 2 together). Capacity is searched in the simulator and measured there once.
+    deadline (Algorithms 1 and 2 together). Capacity is searched in the simulator; at what was found the engine runs once.
 
     Raises:
         ConfigError: no cost table, or the pool cannot hold one request.
@@ -62,7 +65,7 @@ def run_policies(artifact: Artifact, options: PoliciesOptions) -> dict[str, Any]
     programs = load_programs(artifact)
     cases = []
     for load in LOADS:
-        trace = _trace(artifact, load, options, options.request_rate)
+        trace = _trace(artifact, load, options, options.num_requests, options.request_rate)
         for policy, config in configs.items():
             found = run_serve(artifact, trace, config, programs=programs, predict=True, seed=options.seed)
             predicted = found.pop("predicted")
@@ -115,7 +118,7 @@ def _configs(artifact: Artifact, options: PoliciesOptions) -> dict[str, EngineCo
     longest = max(
         min(r.input_length + options.longest_output, artifact.manifest.max_seq_len)
         for load in LOADS
-        for r in _trace(artifact, load, options, options.request_rate)
+        for r in _trace(artifact, load, options, options.num_requests, options.request_rate)
     )
     careful = options.num_kv_blocks // blocks_for(longest, block_size)
     if not careful:
@@ -133,7 +136,9 @@ def _configs(artifact: Artifact, options: PoliciesOptions) -> dict[str, EngineCo
     }
 
 
-def _trace(artifact: Artifact, load: str, options: PoliciesOptions, request_rate: float) -> list[TraceRequest]:
+def _trace(
+    artifact: Artifact, load: str, options: PoliciesOptions, num_requests: int, request_rate: float
+) -> list[TraceRequest]:
     room = artifact.manifest.max_seq_len - options.longest_output
     if room < 1:
         raise ConfigError(
@@ -141,7 +146,7 @@ def _trace(artifact: Artifact, load: str, options: PoliciesOptions, request_rate
             f" {artifact.manifest.max_seq_len}; declare a shorter one"
         )
     return make_trace(
-        options.num_requests,
+        num_requests,
         request_rate=request_rate,
         input_len=options.input_len,
         output_len=options.output_len,
@@ -164,7 +169,8 @@ def _capacity(
     engine = ScriptedEngine(artifact, config, programs)
 
     def keeps(rate: float) -> bool:
-        found = predict_serve(artifact, _trace(artifact, load, options, rate), config, engine=engine)
+        trace = _trace(artifact, load, options, options.capacity_requests, rate)
+        found = predict_serve(artifact, trace, config, engine=engine)
         return bool(found["p95_ttft_ms"] <= options.target_ttft_ms and found["p95_tpot_ms"] <= options.target_tpot_ms)
 
     low, high = 0.0, 1 / 64
@@ -175,7 +181,8 @@ def _capacity(
         low, high = (middle, high) if keeps(middle) else (low, middle)
     result: dict[str, Any] = {"load": load, "policy": policy, "requests_per_s": low}
     if low:
-        found = run_serve(artifact, _trace(artifact, load, options, low), config, programs=programs, seed=options.seed)
+        trace = _trace(artifact, load, options, options.num_requests, low)
+        found = run_serve(artifact, trace, config, programs=programs, seed=options.seed)
         result["measured"] = {name: found[name] for name in ("p95_ttft_ms", "p95_tpot_ms", "output_throughput")}
     return result
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from multibatch.artifact import Artifact
 from multibatch.backends.base import LoadedPrograms
+from multibatch.backends.load import load_programs
 from multibatch.bench.load import ScriptedEngine, run_load
 from multibatch.config import EngineConfig
 from multibatch.errors import ConfigError
@@ -46,8 +47,10 @@ def run_serve(
     Raises:
         ConfigError: `predict` without a cost table.
     """
+    programs = programs or load_programs(artifact)
+    # in an engine of its own: the policies of the measured one must not learn from such short requests
+    _warm_up(ScriptedEngine(artifact, EngineConfig(enable_prefix_caching=False), programs))
     engine = ScriptedEngine(artifact, config, programs)
-    _warm_up(engine)
     figures = summarise_times(trace, run_load(engine, trace, max_concurrency=max_concurrency, seed=seed), goodput)
     record = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S"),
@@ -94,7 +97,6 @@ def _warm_up(engine: ScriptedEngine) -> None:
         run_load(engine, [warm] * size)
     longest = min(engine.manifest.max_prefill_tokens, engine.max_seq_len - 1)
     run_load(engine, [dataclasses.replace(warm, input_length=longest, output_length=1)])
-    engine.reset_prefix_cache()
 
 
 __all__ = ["COMPARED", "predict_serve", "run_serve"]
