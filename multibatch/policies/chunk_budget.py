@@ -16,7 +16,7 @@ from multibatch.errors import ConfigError
 from multibatch.trace import percentile
 
 _WINDOW = 32
-_QUANTILE = 90
+_QUANTILE = 99
 _LARGEST_DRIFT = 4.0
 
 
@@ -42,7 +42,7 @@ class ChunkBudget:
 
     @property
     def drift(self) -> float:
-        """What steps take of what was calibrated: the 90th percentile of the last 32 that mixed prompts with decode rows.
+        """What steps take of what was calibrated: the 99th percentile of the last 32 that mixed prompts with decode rows.
 
         1 before the first of them. At most 4: one step that was held up must not stop all prompts.
         """

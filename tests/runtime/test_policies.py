@@ -226,8 +226,10 @@ def test_the_chunk_budget_follows_a_machine_that_slows_down() -> None:
         budget.step_done([100], 64, 1.3 * predicted)
     assert budget.drift == pytest.approx(1.3)
     assert budget.refine(300, [100]) == 16  # 20 / 1.3 = 15.4: 12.28 + 1.6 is within
-    for _ in range(29):  # as fast as it was, but for some
+    for _ in range(31):
         budget.step_done([100], 64, predicted)
+    assert budget.drift > 1.2  # one slow step of 32 counts
+    budget.step_done([100], 64, predicted)
     assert budget.drift == pytest.approx(1.0)
     assert budget.refine(300, [100]) == 64
 
