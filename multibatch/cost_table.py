@@ -115,6 +115,8 @@ class CostTable:
             if not groups:
                 raise ConfigError("the cost table has no steps of prompts alone (d_num 0); calibrate again")
             return _interpolate(self._costs[groups[0]], chunk_size)
+        if not self.d_nums:
+            raise ConfigError("the cost table has no steps with decode rows; calibrate again")
         by_rows = []
         for d_key in _around(self.d_nums, d_num):
             by_ctx = [

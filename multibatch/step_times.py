@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from multibatch.cost import CostModel
 from multibatch.cost_table import CostTable
+from multibatch.errors import ConfigError
 from multibatch.scheduled_step import ScheduledStep
 from multibatch.selector import Selector
 
@@ -26,7 +27,10 @@ class StepTimes:
     def predict(self, step: ScheduledStep) -> float | None:
         """Milliseconds of a step whose tokens have not been sampled yet; None where too little was measured."""
         if self._table is not None:
-            return predict_step(self._table, step)
+            try:
+                return predict_step(self._table, step)
+            except ConfigError:  # a table from elsewhere may lack prompts alone
+                return None
         if step.prefill or not step.decode:
             return None
         total = 0.0

@@ -176,6 +176,11 @@ def test_predicted_and_measured_step_times_stand_beside_each_other(tmp_path: Pat
     engine.add_request("a", [5, 6, 7], params(4))
     engine.run_all()
     assert Scrape(engine.metrics_text())["step_predicted_seconds_total"] == pytest.approx((5 + 3 * 2) / 1000)
+    store_cost_table(calibrated, CostTable(rows[1:]))  # as tables from elsewhere are: no prompts alone
+    engine, _ = pretended_engine(calibrated)
+    engine.add_request("a", [5, 6, 7], params(4))
+    engine.run_all()
+    assert Scrape(engine.metrics_text())["step_predicted_seconds_total"] == pytest.approx(3 * 2 / 1000)
 
 
 def test_cached_aborted_and_failed_requests_are_counted(eager_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
