@@ -105,7 +105,7 @@ def summarize(
         limit = None
         if case.work == "w1" and found.rooflines:
             contexts = [len(p) + n // 2 for p, n in zip(case.prompts, case.lengths, strict=True)]
-            limit = len(contexts) * 1000 / best_of(found.rooflines).step_ms(manifest, contexts)
+            limit = best_of(found.rooflines).decode_tokens_per_s(manifest, contexts)
         engines = {}
         ours = found.rates[case.name, specs[0].name]
         for spec in specs:

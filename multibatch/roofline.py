@@ -28,6 +28,10 @@ class Roofline:
         products = step_products(manifest, len(context_lens), num_prompt_tokens)
         return self.ms(step_bytes(manifest, context_lens), products)
 
+    def decode_tokens_per_s(self, manifest: Manifest, context_lens: Sequence[int]) -> float:
+        """The most tokens per second of decode steps with such rows."""
+        return len(context_lens) * 1000 / self.step_ms(manifest, context_lens)
+
     def ms(self, num_bytes: float, num_products: float) -> float:
         """Milliseconds in which so much cannot be undercut, the one beside the other."""
         read = num_bytes / (self.bandwidth_gbps * 1e6)

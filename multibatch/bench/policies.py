@@ -8,9 +8,8 @@ from typing import Any
 
 from multibatch.artifact import Artifact
 from multibatch.backends.base import LoadedPrograms
-from multibatch.backends.load import load_programs
 from multibatch.bench.load import ScriptedEngine
-from multibatch.bench.serve import predict_serve, run_serve
+from multibatch.bench.serve import predict_serve, run_serve, warm_programs
 from multibatch.config import EngineConfig
 from multibatch.errors import ConfigError
 from multibatch.kv.block_table import blocks_for
@@ -62,10 +61,10 @@ def run_policies(artifact: Artifact, options: PoliciesOptions) -> dict[str, Any]
     if artifact.cost_table() is None:
         raise ConfigError("the artifact has no cost table to simulate with; run multibatch calibrate on it first")
     configs = _configs(artifact, options)
-    programs = load_programs(artifact)
+    programs = warm_programs(artifact)
     cases = []
     for load in LOADS:
-        trace = _trace(artifact, load, options, options.num_requests, options.request_rate)
+        trace = _trace(artifact, load, options)
         for policy, config in configs.items():
             found = run_serve(artifact, trace, config, programs=programs, predict=True, seed=options.seed)
             predicted = found.pop("predicted")
@@ -105,7 +104,7 @@ def run_chunk_budget(
         lengths="uniform",
         seed=options.seed,
     )
-    programs = load_programs(artifact)
+    programs = warm_programs(artifact)
     rows = []
     for name, slo in {"fixed budget": -1.0, "refined budget": target_ms}.items():
         config = EngineConfig(enable_prefix_caching=False, slo_limits_for_dynamic_batch=slo)
@@ -118,7 +117,7 @@ def _configs(artifact: Artifact, options: PoliciesOptions) -> dict[str, EngineCo
     longest = max(
         min(r.input_length + options.longest_output, artifact.manifest.max_seq_len)
         for load in LOADS
-        for r in _trace(artifact, load, options, options.num_requests, options.request_rate)
+        for r in _trace(artifact, load, options)
     )
     careful = options.num_kv_blocks // blocks_for(longest, block_size)
     if not careful:
@@ -136,9 +135,7 @@ def _configs(artifact: Artifact, options: PoliciesOptions) -> dict[str, EngineCo
     }
 
 
-def _trace(
-    artifact: Artifact, load: str, options: PoliciesOptions, num_requests: int, request_rate: float
-) -> list[TraceRequest]:
+def _trace(artifact: Artifact, load: str, options: PoliciesOptions) -> list[TraceRequest]:
     room = artifact.manifest.max_seq_len - options.longest_output
     if room < 1:
         raise ConfigError(
@@ -146,8 +143,8 @@ def _trace(
             f" {artifact.manifest.max_seq_len}; declare a shorter one"
         )
     return make_trace(
-        num_requests,
-        request_rate=request_rate,
+        options.num_requests,
+        request_rate=options.request_rate,
         input_len=options.input_len,
         output_len=options.output_len,
         longest_input=room,
@@ -169,8 +166,8 @@ def _capacity(
     engine = ScriptedEngine(artifact, config, programs)
 
     def keeps(rate: float) -> bool:
-        trace = _trace(artifact, load, options, options.capacity_requests, rate)
-        found = predict_serve(artifact, trace, config, engine=engine)
+        searched = dataclasses.replace(options, num_requests=options.capacity_requests, request_rate=rate)
+        found = predict_serve(artifact, _trace(artifact, load, searched), config, engine=engine)
         return bool(found["p95_ttft_ms"] <= options.target_ttft_ms and found["p95_tpot_ms"] <= options.target_tpot_ms)
 
     low, high = 0.0, 1 / 64
@@ -181,7 +178,7 @@ def _capacity(
         low, high = (middle, high) if keeps(middle) else (low, middle)
     result: dict[str, Any] = {"load": load, "policy": policy, "requests_per_s": low}
     if low:
-        trace = _trace(artifact, load, options, options.num_requests, low)
+        trace = _trace(artifact, load, dataclasses.replace(options, request_rate=low))
         found = run_serve(artifact, trace, config, programs=programs, seed=options.seed)
         result["measured"] = {name: found[name] for name in ("p95_ttft_ms", "p95_tpot_ms", "output_throughput")}
     return result

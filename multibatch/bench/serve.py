@@ -38,7 +38,7 @@ def run_serve(
         artifact: what serves.
         trace: what is sent.
         config: of the engine.
-        programs: of the artifact, if they are loaded already.
+        programs: of the artifact, if they are loaded and warm already.
         max_concurrency: requests in the engine at once.
         goodput: as in `summarise_times`.
         predict: also simulates the same load with the artifact's cost table.
@@ -47,10 +47,7 @@ def run_serve(
     Raises:
         ConfigError: `predict` without a cost table.
     """
-    programs = programs or load_programs(artifact)
-    # in an engine of its own: the policies of the measured one must not learn from such short requests
-    _warm_up(ScriptedEngine(artifact, EngineConfig(enable_prefix_caching=False), programs))
-    engine = ScriptedEngine(artifact, config, programs)
+    engine = ScriptedEngine(artifact, config, programs or warm_programs(artifact))
     figures = summarise_times(trace, run_load(engine, trace, max_concurrency=max_concurrency, seed=seed), goodput)
     record = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S"),
@@ -89,14 +86,20 @@ def predict_serve(
     return summarise_times(trace, times, goodput)
 
 
-def _warm_up(engine: ScriptedEngine) -> None:
-    """Each size of the ladder once, and a prompt."""
+def warm_programs(artifact: Artifact) -> LoadedPrograms:
+    """Loads the programs and calls them: each size of the ladder once, and a prompt.
+
+    In an engine of its own: the policies of a measured one must not learn from such short requests.
+    """
+    programs = load_programs(artifact)
+    engine = ScriptedEngine(artifact, EngineConfig(enable_prefix_caching=False), programs)
     most = min(engine.max_num_seqs, engine.pool.num_blocks - 1)
     warm = TraceRequest(timestamp=0.0, input_length=1, output_length=2)
     for size in sorted({n for n in engine.manifest.decoder_batch_sizes if n <= most}):
         run_load(engine, [warm] * size)
     longest = min(engine.manifest.max_prefill_tokens, engine.max_seq_len - 1)
     run_load(engine, [dataclasses.replace(warm, input_length=longest, output_length=1)])
+    return programs
 
 
-__all__ = ["COMPARED", "predict_serve", "run_serve"]
+__all__ = ["COMPARED", "predict_serve", "run_serve", "warm_programs"]

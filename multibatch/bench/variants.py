@@ -73,7 +73,7 @@ def run_bench(artifact: Artifact, options: BenchOptions, reference: Any = None) 
     assert isinstance(ladder, _Serve)
     roofline = best_of(rooflines)
     contexts = [len(p) + options.output_len // 2 for p in prompts]
-    limit = len(prompts) * 1000 / roofline.step_ms(artifact.manifest, contexts)
+    limit = roofline.decode_tokens_per_s(artifact.manifest, contexts)
     medians = {name: _median(results, limit) for name, results in runs.items()}
     rate = medians["ladder"]["decode_tokens_per_s"]
     return {

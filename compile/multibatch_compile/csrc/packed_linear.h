@@ -275,6 +275,7 @@ Acc* carries() {
 template <typename W, typename T>
 void pair_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int64_t p1) {
   using Acc = typename Format<W>::Acc;
+  static_assert(kChunk / Format<W>::lanes % Tiling::kPairUnits == 0);  // a range lies within one chunk
   constexpr int64_t bytes = Tiling::kPairUnits * Format<W>::unit * kPanel * sizeof(W);
   Acc* const carry = carries<Acc>();
   for (int64_t p = p0; p < p1; ++p)
