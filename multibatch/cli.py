@@ -339,7 +339,7 @@ def _show(value: Any, form: str) -> str:
 def _print_table(artifact: Artifact) -> None:
     manifest = artifact.manifest
     table = Table(title=f"{artifact.path}", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for name in ("program", "ms", "tok/s full", "of limit", "build s", "MB", "error", "vs alone"):
+    for name in ("program", "ms", "tok/s full", "of limit", "build s", "MB", "error", "alone"):
         table.add_column(name, justify="left" if name == "program" else "right", no_wrap=True)
     for spec in manifest.programs:
         whole, *smaller = _figures(manifest, spec.name)
@@ -358,7 +358,7 @@ def _print_table(artifact: Artifact) -> None:
     build, model = manifest.build, manifest.model
     lines = [
         "ms: median step; of limit: the time to read the weights or to make their products, at the measured rates, over it;",
-        "error: largest difference of a logit from the eager reference; vs alone: of a row from the same row run alone,",
+        "error: largest difference of a logit from the eager reference; alone: of a row from the same row run alone,",
         "equal: same bits",
         "",
         f"model      {model.architecture}, {model.num_parameters:,} parameters, {model.dtype}, from {model.id}",
