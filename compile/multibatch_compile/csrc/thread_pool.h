@@ -1,4 +1,5 @@
-// A pool of threads that hands out small tiles of one job to whichever thread is awake.
+// A pool of threads that take small tiles of one job. Each begins with a range of neighbours, so that what it reads (and
+// fetches ahead) is one stream, and then takes what is left of the others' ranges, whichever thread is awake.
 //
 // Why not OpenMP: its parallel regions end when every thread has arrived, so one neighbour on one core
 // costs every region a scheduler time slice. Here a job ends when its tiles are done; a thread that the
@@ -46,6 +47,7 @@ class ThreadPool {
     stop();
     resting_.store(0);
     num_workers_ = num_threads - 1;
+    ranges_ = std::vector<Range>(num_threads);
     for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
   }
 
@@ -64,12 +66,13 @@ class ThreadPool {
     job_ = &fn;
     may_rest_ = !are_long;
     done_.store(0, std::memory_order_relaxed);
-    ticket_.store(static_cast<uint64_t>(num_tiles) << 32, std::memory_order_seq_cst);
+    for (int i = 0; i < num_threads(); ++i)
+      ranges_[i].store(num_tiles * i / num_threads(), num_tiles * (i + 1) / num_threads());
     if (sleepers_.load(std::memory_order_seq_cst) > 0) {
       { std::lock_guard<std::mutex> lock(sleep_mutex_); }
       wake_.notify_all();
     }
-    take_tiles();
+    take_tiles(0);
     // Every tile was handed out; those of other threads may still run.
     while (done_.load(std::memory_order_acquire) < num_tiles) cpu_relax();
   }
@@ -84,19 +87,42 @@ class ThreadPool {
   static constexpr std::chrono::microseconds kSlowTile{1000};
   static constexpr std::chrono::milliseconds kRest{50}, kLongestRest{800};
 
+  // Tiles [next, end) that a thread is to take first; then others help it.
+  class alignas(64) Range {
+   public:
+    void store(uint64_t next, uint64_t end) { state_.store(end << 32 | next, std::memory_order_seq_cst); }
+    bool has_tiles() const {
+      const uint64_t t = state_.load(std::memory_order_seq_cst);
+      return (t & kNext) < (t >> 32);
+    }
+    // One fetch_add reads the end and takes the next tile at once. A tile so taken is not done yet, so run() cannot have
+    // returned, so job_ is the job that the tile belongs to, however late this thread comes. -1: none was left.
+    int64_t take() {
+      if (!has_tiles()) return -1;
+      const uint64_t t = state_.fetch_add(1, std::memory_order_acq_rel);
+      return (t & kNext) < (t >> 32) ? static_cast<int64_t>(t & kNext) : -1;
+    }
+
+   private:
+    std::atomic<uint64_t> state_{0};
+  };
+
   bool has_tiles() const {
-    uint64_t t = ticket_.load(std::memory_order_seq_cst);
-    return (t & kNext) < (t >> 32);
+    return std::any_of(ranges_.begin(), ranges_.begin() + num_workers_ + 1, [](const Range& r) { return r.has_tiles(); });
   }
 
-  // One fetch_add reads "how many tiles" and takes "the next tile" at once. A tile so taken is not done yet, so
-  // run() cannot have returned, so job_ is the job that the tile belongs to, however late this thread comes.
-  void take_tiles() {
+  int64_t take(int thread) {
+    for (int i = 0; i <= num_workers_; ++i) {
+      const int64_t tile = ranges_[(thread + i) % (num_workers_ + 1)].take();
+      if (tile >= 0) return tile;
+    }
+    return -1;
+  }
+
+  void take_tiles(int thread) {
     Clock::time_point before = Clock::now();
-    while (has_tiles()) {
-      uint64_t t = ticket_.fetch_add(1, std::memory_order_acq_rel);
-      if ((t & kNext) >= (t >> 32)) return;
-      (*job_)(static_cast<int64_t>(t & kNext));
+    for (int64_t tile = take(thread); tile >= 0; tile = take(thread)) {
+      (*job_)(tile);
       done_.fetch_add(1, std::memory_order_acq_rel);
       const Clock::time_point after = Clock::now();
       if (after - before > kSlowTile && may_rest_ && was_put_aside()) rest_one(after);
@@ -144,7 +170,7 @@ class ThreadPool {
   void work(int worker) {
     while (true) {
       if (must_rest(worker)) rest();
-      take_tiles();
+      take_tiles(worker);
       spin();
       if (stopping_.load()) return;
       if (has_tiles() || must_rest(worker)) continue;
@@ -190,7 +216,7 @@ class ThreadPool {
   std::atomic<int> resting_{0};  // workers that take no tiles, the last ones
   const std::function<void(int64_t)>* job_ = nullptr;
   std::atomic<bool> may_rest_{true};  // as the job's tiles are short
-  alignas(64) std::atomic<uint64_t> ticket_{0};  // high half: tiles of the job; low half: the next one
+  std::vector<Range> ranges_{1};  // of each thread, the caller's first
   alignas(64) std::atomic<int64_t> done_{0};
   alignas(64) std::atomic<int> sleepers_{0};
   std::atomic<bool> stopping_{false};
