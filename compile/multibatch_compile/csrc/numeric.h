@@ -38,6 +38,9 @@ inline float to_float(float x) { return x; }
 inline float to_float(c10::BFloat16 x) { return static_cast<float>(x); }
 inline float to_float(c10::Half x) { return static_cast<float>(x); }
 
+// Sixteen elements as floats.
+inline f32x16 floats_of(const float* from) { return load_vector<f32x16>(from); }
+
 template <typename T>
 inline void floats_from(const T* from, float* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
@@ -64,10 +67,14 @@ inline u16x16 narrow(u32x16 v) {
 
 // bfloat16 is the upper half of a float. Spelled out, since compilers make half vectors of the plain loop, and c10's own
 // conversions go through a branch.
+inline f32x16 floats_of(const c10::BFloat16* from) {
+  u32x16 bits = widen(load_vector<u16x16>(from)) << 16;
+  return load_vector<f32x16>(&bits);
+}
+
 inline void floats_from(const c10::BFloat16* from, float* to, int64_t n) {
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16)
-    store_vector(to + i, widen(load_vector<u16x16>(from + i)) << 16);
+  for (; i + 16 <= n; i += 16) store_vector(to + i, floats_of(from + i));
   for (; i < n; ++i) to[i] = to_float(from[i]);
 }
 

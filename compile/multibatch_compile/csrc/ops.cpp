@@ -2,6 +2,8 @@
 #include <ATen/ATen.h>
 #include <torch/library.h>
 
+#include <unordered_map>
+
 #include "packed_linear.h"
 #include "paged_attention.h"
 #include "peak_rate.h"
@@ -58,12 +60,34 @@ void prepare(LinearCall<W, T>& call, int64_t K, const RowOf& row_of) {
   call.x_scales = scales;
 }
 
+// The weight that was read after each weight, last time. Layers follow each other in one order, step after step.
+class Succession {
+ public:
+  // Notes that this weight is read now, and answers which one comes after it.
+  Stream after(Stream weight) {
+    if (last_) next_[last_] = weight;
+    last_ = weight.data;
+    return next_[weight.data];
+  }
+
+ private:
+  const char* last_ = nullptr;
+  std::unordered_map<const char*, Stream> next_;
+};
+
 template <typename W, typename T, typename RowOf>
 void linear_of(LinearCall<W, T>& call, int64_t K, const RowOf& row_of) {
   if (call.M == 0) return;
   prepare(call, K, row_of);
   const Tiling tiling(call.M, call.N);
   auto fn = [&](int64_t tile) { linear_tile(call, tiling, tile); };
+  static thread_local Succession weights;
+  if (tiling.tiles_are_long()) {
+    ThreadPool::instance().expect({});
+  } else {
+    const int64_t bytes = tiling.panels_per_tile * call.units * kPanel * Format<W>::unit * sizeof(W);
+    ThreadPool::instance().expect(weights.after({reinterpret_cast<const char*>(call.packed), tiling.count(), bytes}));
+  }
   ThreadPool::instance().run(tiling.count(), fn, tiling.tiles_are_long());
 }
 
@@ -339,7 +363,12 @@ Queries queries_of(const Call& call, const Tile& tile, const at::Tensor& query, 
     for (int64_t g = 0; g < s.group(); ++g, ++rows) {
       const T* from = q + (tile.kv_head * s.group() + g) * query.stride(1) + t * query.stride(2);
       float* to = scratch.q.data() + rows * s.head_dim;
-      for (int64_t d = 0; d < s.head_dim; ++d) to[d] = to_float(from[d * query.stride(3)]) * s.scale;
+      if (query.stride(3) == 1) {
+        floats_from(from, to, s.head_dim);
+      } else {
+        for (int64_t d = 0; d < s.head_dim; ++d) to[d] = to_float(from[d * query.stride(3)]);
+      }
+      for (int64_t d = 0; d < s.head_dim; ++d) to[d] *= s.scale;
       scratch.positions[rows] = call.lengths[tile.row] - chunk + (t - call.starts[tile.row]);
     }
   return {scratch.q.data(), scratch.positions.data(), rows};
@@ -386,10 +415,9 @@ void attend_tiles(const Call& call, const at::Tensor& query, const T* key_pool, 
     scratch.fit(s);
     const Tile& tile = tiles[i];
     const Queries queries = queries_of<T>(call, tile, query, scratch);
-    const int32_t* table = call.tables + tile.row * s.max_blocks;
+    const Blocks<T> blocks{key_pool, value_pool, call.tables + tile.row * s.max_blocks, tile.kv_head};
     auto attend = [&](int64_t span, Partial into) {
-      attend_span<T>(queries, key_pool, value_pool, table, tile.kv_head, span * kSpan, (span + 1) * kSpan, into,
-                     scratch, s);
+      attend_span(queries, blocks, span * kSpan, (span + 1) * kSpan, into, scratch, s);
     };
     if (tile.span >= 0) return attend(tile.span, partials.of(i));
     Partial total = scratch.partial(0, s), next = scratch.partial(1, s);

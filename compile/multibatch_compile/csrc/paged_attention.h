@@ -18,6 +18,7 @@ namespace multibatch {
 
 constexpr int64_t kSpan = 256;
 constexpr int64_t kTileRows = 64;  // (query token, query head) pairs that share one read of a block
+constexpr int64_t kFewRows = 8;    // up to so many are computed at once, see for_rows
 
 struct AttentionShape {
   int64_t num_heads, num_kv_heads, head_dim, value_dim, block_size, max_blocks;
@@ -60,13 +61,13 @@ struct Scratch {
 };
 
 // scores[R, 16 J] = q . keys for R rows and J vectors of positions at once: a key vector is loaded once for all rows, a
-// query's element once for all vectors, and sums of few rows do not wait for each other.
-template <int R, int J>
-inline void score_vectors(const float* q, const float* keys, float* scores, const AttentionShape& s) {
+// query's element once for all vectors, and sums of few rows do not wait for each other. K: as the pool stores them, or floats.
+template <int R, int J, typename K>
+inline void score_vectors(const float* q, const K* keys, float* scores, const AttentionShape& s) {
   f32x16 acc[R][J] = {};
   for (int64_t d = 0; d < s.head_dim; ++d) {
     f32x16 k[J];
-    for (int j = 0; j < J; ++j) k[j] = load_vector<f32x16>(keys + d * s.block_size + 16 * j);
+    for (int j = 0; j < J; ++j) k[j] = floats_of(keys + d * s.block_size + 16 * j);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < J; ++j) acc[r][j] += k[j] * q[r * s.head_dim + d];
@@ -75,24 +76,30 @@ inline void score_vectors(const float* q, const float* keys, float* scores, cons
     for (int j = 0; j < J; ++j) store_vector(scores + r * s.score_stride() + 16 * j, acc[r][j]);
 }
 
-template <int R>
-inline void score_rows(const float* q, const float* keys, float* scores, const AttentionShape& s) {
+template <int R, typename K>
+inline void score_rows(const float* q, const K* keys, float* scores, const AttentionShape& s) {
   int64_t j = 0;
   for (; j + 32 <= s.block_size; j += 32) score_vectors<R, 2>(q, keys + j, scores + j, s);
   if (j < s.block_size) score_vectors<R, 1>(q, keys + j, scores + j, s);
 }
 
+// The values of a block, `stride` elements from one position to the next.
+template <typename V>
+struct Values {
+  const V* data;
+  int64_t stride, num_keys;
+};
+
 // out[R, 16 J] += scores . values, in the same way.
-template <int R, int J>
-inline void value_vectors(const float* scores, const float* values, float* out, int64_t num_keys,
-                          const AttentionShape& s) {
+template <int R, int J, typename V>
+inline void value_vectors(const float* scores, Values<V> values, float* out, const AttentionShape& s) {
   const int64_t stride = s.value_stride(), score_stride = s.score_stride();
   f32x16 acc[R][J];
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < J; ++j) acc[r][j] = load_vector<f32x16>(out + r * stride + 16 * j);
-  for (int64_t k = 0; k < num_keys; ++k) {
+  for (int64_t k = 0; k < values.num_keys; ++k) {
     f32x16 v[J];
-    for (int j = 0; j < J; ++j) v[j] = load_vector<f32x16>(values + k * stride + 16 * j);
+    for (int j = 0; j < J; ++j) v[j] = floats_of(values.data + k * values.stride + 16 * j);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < J; ++j) acc[r][j] += v[j] * scores[r * score_stride + k];
@@ -101,16 +108,15 @@ inline void value_vectors(const float* scores, const float* values, float* out, 
     for (int j = 0; j < J; ++j) store_vector(out + r * stride + 16 * j, acc[r][j]);
 }
 
-template <int R>
-inline void value_rows(const float* scores, const float* values, float* out, int64_t num_keys, const AttentionShape& s) {
-  const int64_t stride = s.value_stride();
+template <int R, typename V>
+inline void value_rows(const float* scores, Values<V> values, float* out, const AttentionShape& s) {
   int64_t d = 0;
-  for (; d + 32 <= stride; d += 32) value_vectors<R, 2>(scores, values + d, out + d, num_keys, s);
-  if (d < stride) value_vectors<R, 1>(scores, values + d, out + d, num_keys, s);
+  for (; d + 32 <= s.value_stride(); d += 32, values.data += 32) value_vectors<R, 2>(scores, values, out + d, s);
+  if (d < s.value_stride()) value_vectors<R, 1>(scores, values, out + d, s);
 }
 
 // Calls fn.template operator()<R>(first row) over all rows, eight at a time as long as there are so many.
-template <int R = 8, typename F>
+template <int R = kFewRows, typename F>
 inline void for_rows(int64_t rows, const F& fn, int64_t first = 0) {
   if constexpr (R > 0) {
     for (; first + R <= rows; first += R) fn.template operator()<R>(first);
@@ -153,47 +159,98 @@ inline void softmax_row(float* scores, int64_t n, int64_t start, int64_t first, 
   state.sum[r] = sum(total);
 }
 
-// Attention of `queries` over positions [span_start, span_end) of one row and one KV head, into a fresh `state`.
+// Where the blocks of one row and one KV head lie.
 template <typename T>
-void attend_span(const Queries& queries, const T* key_pool, const T* value_pool, const int32_t* block_table,
-                 int64_t kv_head, int64_t span_start, int64_t span_end, Partial state, Scratch& scratch,
-                 const AttentionShape& s) {
-  const int64_t stride = s.value_stride(), bs = s.block_size;
-  std::fill(state.max, state.max + queries.rows, -std::numeric_limits<float>::infinity());
-  std::fill(state.sum, state.sum + queries.rows, 0.0f);
-  std::fill(state.out, state.out + queries.rows * stride, 0.0f);
-  const int64_t end = std::min(span_end, queries.positions[queries.rows - 1] + 1);
-  const int64_t first_seen = s.sliding_window ? queries.positions[0] - s.sliding_window + 1 : 0;
-  const int64_t begin = std::max(span_start, first_seen) / bs * bs;
-  float* scores = scratch.scores.data();
-  for (int64_t start = begin; start < end; start += bs) {
-    const T* keys = key_pool + (block_table[start / bs] * s.num_kv_heads + kv_head) * s.head_dim * bs;
-    floats_from(keys, scratch.keys.data(), s.head_dim * bs);
+struct Blocks {
+  const T* key_pool;
+  const T* value_pool;
+  const int32_t* table;
+  int64_t kv_head;
+  const T* keys(int64_t block, const AttentionShape& s) const {
+    return key_pool + (table[block] * s.num_kv_heads + kv_head) * s.head_dim * s.block_size;
+  }
+  const T* values(int64_t block, const AttentionShape& s) const {
+    return value_pool + (table[block] * s.num_kv_heads + kv_head) * s.block_size * s.value_dim;
+  }
+};
+
+template <typename T>
+inline void fetch(const T* from, int64_t n) {
+  for (int64_t byte = 0; byte < n * static_cast<int64_t>(sizeof(T)); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(from) + byte);
+}
+
+// Scores of all queries against the blocks of positions [begin, end). Many queries share one conversion of a block to floats;
+// few convert as they read, and what comes next is fetched meanwhile: blocks lie anywhere in the pool.
+template <typename T>
+void score_blocks(const Queries& queries, const Blocks<T>& blocks, int64_t begin, int64_t end, Scratch& scratch,
+                  const AttentionShape& s) {
+  const int64_t bs = s.block_size, size = s.head_dim * bs;
+  auto score = [&](const auto* keys, int64_t start) {
     for_rows(queries.rows, [&]<int R>(int64_t r) {
-      score_rows<R>(queries.q + r * s.head_dim, scratch.keys.data(), scores + r * s.score_stride() + start - begin, s);
+      score_rows<R>(queries.q + r * s.head_dim, keys, scratch.scores.data() + r * s.score_stride() + start - begin, s);
     });
-  }
-  const int64_t num_scores = std::max<int64_t>(0, (end - begin + bs - 1) / bs * bs);
-  for (int64_t r = 0; r < queries.rows; ++r) {
-    float* row = scores + r * s.score_stride();
-    if (s.softcap != 0.0f) apply_softcap(row, num_scores, s.softcap);
-    const int64_t position = queries.positions[r];
-    const int64_t first = std::max(span_start, s.sliding_window ? position - s.sliding_window + 1 : 0);
-    softmax_row(row, num_scores, begin, first, std::min(position, span_end - 1), state, r);
-  }
+  };
   for (int64_t start = begin; start < end; start += bs) {
-    const T* values = value_pool + (block_table[start / bs] * s.num_kv_heads + kv_head) * bs * s.value_dim;
+    const T* keys = blocks.keys(start / bs, s);
+    if (queries.rows > kFewRows) {
+      floats_from(keys, scratch.keys.data(), size);
+      score(scratch.keys.data(), start);
+      continue;
+    }
+    if (start + bs < end) fetch(blocks.keys(start / bs + 1, s), size);
+    fetch(blocks.values(start / bs, s), bs * s.value_dim);
+    score(keys, start);
+  }
+}
+
+// Adds the values of these blocks, weighted, to the state.
+template <typename T>
+void add_values(const Queries& queries, const Blocks<T>& blocks, int64_t begin, int64_t end, Partial state,
+                Scratch& scratch, const AttentionShape& s) {
+  const int64_t stride = s.value_stride(), bs = s.block_size;
+  auto add = [&](auto values, int64_t start) {
+    for_rows(queries.rows, [&]<int R>(int64_t r) {
+      value_rows<R>(scratch.scores.data() + r * s.score_stride() + start - begin, values, state.out + r * stride, s);
+    });
+  };
+  for (int64_t start = begin; start < end; start += bs) {
+    const T* values = blocks.values(start / bs, s);
     const int64_t num_keys = std::min(bs, end - start);
+    if (queries.rows <= kFewRows && stride == s.value_dim) {
+      add(Values<T>{values, stride, num_keys}, start);
+      continue;
+    }
     for (int64_t j = 0; j < num_keys; ++j) {
       float* to = scratch.values.data() + j * stride;
       floats_from(values + j * s.value_dim, to, s.value_dim);
       std::fill(to + s.value_dim, to + stride, 0.0f);
     }
-    for_rows(queries.rows, [&]<int R>(int64_t r) {
-      const float* weights = scores + r * s.score_stride() + start - begin;
-      value_rows<R>(weights, scratch.values.data(), state.out + r * stride, num_keys, s);
-    });
+    add(Values<float>{scratch.values.data(), stride, num_keys}, start);
   }
+}
+
+// Attention of `queries` over positions [span_start, span_end) of one row and one KV head, into a fresh `state`.
+template <typename T>
+void attend_span(const Queries& queries, const Blocks<T>& blocks, int64_t span_start, int64_t span_end, Partial state,
+                 Scratch& scratch, const AttentionShape& s) {
+  const int64_t bs = s.block_size;
+  std::fill(state.max, state.max + queries.rows, -std::numeric_limits<float>::infinity());
+  std::fill(state.sum, state.sum + queries.rows, 0.0f);
+  std::fill(state.out, state.out + queries.rows * s.value_stride(), 0.0f);
+  const int64_t end = std::min(span_end, queries.positions[queries.rows - 1] + 1);
+  const int64_t first_seen = s.sliding_window ? queries.positions[0] - s.sliding_window + 1 : 0;
+  const int64_t begin = std::max(span_start, first_seen) / bs * bs;
+  score_blocks(queries, blocks, begin, end, scratch, s);
+  const int64_t num_scores = std::max<int64_t>(0, (end - begin + bs - 1) / bs * bs);
+  for (int64_t r = 0; r < queries.rows; ++r) {
+    float* row = scratch.scores.data() + r * s.score_stride();
+    if (s.softcap != 0.0f) apply_softcap(row, num_scores, s.softcap);
+    const int64_t position = queries.positions[r];
+    const int64_t first = std::max(span_start, s.sliding_window ? position - s.sliding_window + 1 : 0);
+    softmax_row(row, num_scores, begin, first, std::min(position, span_end - 1), state, r);
+  }
+  add_values(queries, blocks, begin, end, state, scratch, s);
 }
 
 // Adds the state of the next span to `total`, row by row. A span that saw nothing changes no bit.

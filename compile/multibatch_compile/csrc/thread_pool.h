@@ -22,6 +22,7 @@
 
 #ifdef __linux__
 #include <sys/resource.h>
+#include <unistd.h>
 #endif
 
 namespace multibatch {
@@ -33,6 +34,12 @@ inline void cpu_relax() {
   asm volatile("yield");
 #endif
 }
+
+// What a job reads: pieces that lie one after the other, one for each tile.
+struct Stream {
+  const char* data = nullptr;
+  int64_t tiles = 0, tile_bytes = 0;
+};
 
 class ThreadPool {
  public:
@@ -48,10 +55,19 @@ class ThreadPool {
     resting_.store(0);
     num_workers_ = num_threads - 1;
     ranges_ = std::vector<Range>(num_threads);
+    fetched_ = std::vector<Fetched>(num_threads);
     for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
   }
 
   int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
+
+  // Says what will probably be read after the next job. Threads without a tile fetch the beginning of their share of it
+  // into their own caches. It need not be there any more: a fetch of memory that was given back does nothing.
+  void expect(Stream stream) {
+    expected_data_.store(stream.data, std::memory_order_relaxed);
+    expected_tiles_.store(stream.tiles, std::memory_order_relaxed);
+    expected_tile_bytes_.store(stream.tile_bytes, std::memory_order_relaxed);
+  }
 
   // Calls fn(tile) for every tile in [0, num_tiles), in any order and on any thread; returns when all are done. Tiles are
   // long if one alone may take a millisecond.
@@ -74,7 +90,7 @@ class ThreadPool {
     }
     take_tiles(0);
     // Every tile was handed out; those of other threads may still run.
-    while (done_.load(std::memory_order_acquire) < num_tiles) cpu_relax();
+    while (done_.load(std::memory_order_acquire) < num_tiles) fetch_or_relax(0);
   }
 
   ~ThreadPool() { stop(); }
@@ -159,6 +175,39 @@ class ThreadPool {
     wake_up_.notify_all();
   }
 
+  // A thread's place in what is expected.
+  struct alignas(64) Fetched {
+    const char* data = nullptr;
+    int64_t next = 0, end = 0;
+  };
+
+  // Bytes that a thread fetches ahead: half of its second-level cache.
+  static int64_t fetch_ahead() {
+#ifdef _SC_LEVEL2_CACHE_SIZE
+    static const int64_t bytes = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE) / 2, 64 * 1024);
+    return bytes;
+#else
+    return 64 * 1024;
+#endif
+  }
+
+  // Fetches a line of what is expected, as long as the thread's share has one and the cache has room; else waits a moment.
+  void fetch_or_relax(int thread) {
+    Fetched& f = fetched_[thread];
+    const char* data = expected_data_.load(std::memory_order_relaxed);
+    if (f.data != data) {
+      const int64_t tiles = expected_tiles_.load(std::memory_order_relaxed), n = num_workers_ + 1;
+      const int64_t bytes = expected_tile_bytes_.load(std::memory_order_relaxed), first = tiles * thread / n * bytes;
+      f = {data, first, std::min(first + fetch_ahead(), tiles * (thread + 1) / n * bytes)};
+    }
+    if (f.next < f.end) {
+      __builtin_prefetch(data + f.next, 0, 2);
+      f.next += 64;
+    } else {
+      cpu_relax();
+    }
+  }
+
   bool must_rest(int worker) const { return worker > num_workers_ - resting_.load(); }
 
   void rest() {
@@ -171,7 +220,7 @@ class ThreadPool {
     while (true) {
       if (must_rest(worker)) rest();
       take_tiles(worker);
-      spin();
+      spin(worker);
       if (stopping_.load()) return;
       if (has_tiles() || must_rest(worker)) continue;
       std::unique_lock<std::mutex> lock(sleep_mutex_);
@@ -183,12 +232,12 @@ class ThreadPool {
   }
 
   // Waits for work without giving the core away, for a while.
-  void spin() const {
+  void spin(int worker) {
     const auto until = Clock::now() + kSpin;
     do {
       for (int i = 0; i < 32; ++i) {  // a pause takes 4 to 140 cycles, by processor
         if (has_tiles() || stopping_.load(std::memory_order_relaxed)) return;
-        cpu_relax();
+        fetch_or_relax(worker);
       }
     } while (Clock::now() < until);
   }
@@ -217,6 +266,9 @@ class ThreadPool {
   const std::function<void(int64_t)>* job_ = nullptr;
   std::atomic<bool> may_rest_{true};  // as the job's tiles are short
   std::vector<Range> ranges_{1};  // of each thread, the caller's first
+  std::vector<Fetched> fetched_{1};
+  std::atomic<const char*> expected_data_{nullptr};
+  std::atomic<int64_t> expected_tiles_{0}, expected_tile_bytes_{0};
   alignas(64) std::atomic<int64_t> done_{0};
   alignas(64) std::atomic<int> sleepers_{0};
   std::atomic<bool> stopping_{false};
