@@ -6,8 +6,10 @@ the scratch block. Nothing else of the pool is touched by either.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 
@@ -66,15 +68,14 @@ def prefill_inputs(
     """T = num_tokens, R = num_rows; the chunks' tokens one after the other, then padding."""
     flat = _flattened(chunks, (), max_blocks, block_size)
     padding, empty = num_tokens - len(flat.tokens), num_rows - len(chunks)
-    return ProgramInputs(
-        torch.tensor([flat.tokens + [0] * padding]),
-        torch.tensor([flat.positions + [0] * padding]),
-        torch.tensor(flat.slots + [0] * padding),
-        torch.tensor(flat.starts + [flat.starts[-1]] * empty, dtype=torch.int32),
-        torch.tensor(flat.tables + [[0] * max_blocks] * empty, dtype=torch.int32),
-        torch.tensor(flat.lengths + [1] * empty, dtype=torch.int32),
-        torch.tensor([stop - 1 for stop in flat.starts[1:]] + [0] * empty),
-    )
+    keep = [stop - 1 for stop in flat.starts[1:]] + [0] * empty
+    flat.tokens += [0] * padding
+    flat.positions += [0] * padding
+    flat.slots += [0] * padding
+    flat.starts += [flat.starts[-1]] * empty
+    flat.tables += [0] * (max_blocks * empty)
+    flat.lengths += [1] * empty
+    return _inputs(flat, keep)
 
 
 def step_inputs(
@@ -91,15 +92,7 @@ def step_inputs(
     keep = [token for token, chunk in zip(last, chunks, strict=False) if chunk.is_last] + last[len(chunks) :]
     for first, chunk in zip(flat.starts, chunks, strict=False):
         keep += [first + position - chunk.start for position in chunk.prompt_positions]
-    return ProgramInputs(
-        torch.tensor([flat.tokens]),
-        torch.tensor([flat.positions]),
-        torch.tensor(flat.slots),
-        torch.tensor(flat.starts, dtype=torch.int32),
-        torch.tensor(flat.tables, dtype=torch.int32),
-        torch.tensor(flat.lengths, dtype=torch.int32),
-        torch.tensor(keep or [0]),
-    )
+    return _inputs(flat, keep or [0])
 
 
 @dataclass(slots=True)
@@ -108,8 +101,21 @@ class _Flattened:
     positions: list[int]
     slots: list[int]
     starts: list[int]
-    tables: list[list[int]]
+    tables: list[int]
     lengths: list[int]
+
+
+def _inputs(flat: _Flattened, keep: list[int]) -> ProgramInputs:
+    tokens, positions, slots, kept = _tensors("q", torch.int64, flat.tokens, flat.positions, flat.slots, keep)
+    starts, tables, lengths = _tensors("i", torch.int32, flat.starts, flat.tables, flat.lengths)
+    return ProgramInputs(tokens[None], positions[None], slots, starts, tables.view(len(lengths), -1), lengths, kept)
+
+
+def _tensors(code: str, dtype: torch.dtype, *parts: list[int]) -> tuple[torch.Tensor, ...]:
+    """Vectors in one buffer: `torch.tensor` takes several times as long, and for each of them."""
+    buffer = torch.frombuffer(array(code, list(chain.from_iterable(parts))), dtype=dtype)
+    vectors: tuple[torch.Tensor, ...] = buffer.split([len(part) for part in parts])
+    return vectors
 
 
 def _flattened(
@@ -122,14 +128,14 @@ def _flattened(
         flat.positions += range(chunk.start, chunk.stop)
         flat.slots += slots_of(sequence.block_ids, chunk.start, chunk.stop, block_size)
         flat.starts.append(len(flat.tokens))
-        flat.tables.append(_table(sequence.block_ids, chunk.stop, max_blocks, block_size))
+        flat.tables += _table(sequence.block_ids, chunk.stop, max_blocks, block_size)
         flat.lengths.append(chunk.stop)
     for row in rows:
         flat.tokens.append(row.token_id)
         flat.positions.append(row.position)
         flat.slots.append(slot_of(row.block_ids, row.position, block_size))
         flat.starts.append(len(flat.tokens))
-        flat.tables.append(_table(row.block_ids, row.position + 1, max_blocks, block_size))
+        flat.tables += _table(row.block_ids, row.position + 1, max_blocks, block_size)
         flat.lengths.append(row.position + 1)
     return flat
 

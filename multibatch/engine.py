@@ -86,7 +86,7 @@ class Engine:
         self._tokenizer_dir: Path | None = tokenizer_dir if tokenizer_dir.is_dir() else None
         self._tokenizer: Tokenizer | None = None
         self._constraints = Constraints(manifest.model, lambda: self.tokenizer)
-        self._sampler = Sampler(self._programs.chunk_maxima)
+        self._sampler = Sampler(self._programs.chunk_maxima, self._programs.first_maxima)
         self._seed = config.seed
         self._num_requests = 0
         self._groups: dict[str, Group] = {}
@@ -434,12 +434,11 @@ class Engine:
         return [output for output in outputs if output is not None]
 
     def _output(self, group: Group) -> RequestOutput | None:
-        output = output_of(group)
-        if output.finished:
+        if group.is_finished:
             self._forget(group)
         elif group.params.output_kind is RequestOutputKind.FINAL_ONLY:
             return None
-        return output
+        return output_of(group)
 
     def _forget(self, group: Group) -> None:
         """Counts a request that has ended; its id is free again."""

@@ -42,10 +42,15 @@ class Group:
     arrival_time: float
     queued_ts: float
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether all completions are."""
+        return all(completion.sequence.is_finished for completion in self.completions)
+
 
 def output_of(group: Group) -> RequestOutput:
     """What there is to say of a request now; of DELTA outputs, what was not said before."""
-    finished = all(completion.sequence.is_finished for completion in group.completions)
+    finished = group.is_finished
     prompt_logprobs = None if group.params.prompt_logprobs is None else group.prompt_logprobs
     if prompt_logprobs is not None and group.params.output_kind is RequestOutputKind.DELTA:
         is_due = finished or len(prompt_logprobs) == len(group.prompt_token_ids)

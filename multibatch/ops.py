@@ -42,6 +42,7 @@ _LIBRARY.define(
     " Tensor seq_lens, Tensor? sinks, float scale, int sliding_window, float softcap) -> Tensor"
 )
 _LIBRARY.define("chunk_maxima(Tensor scores, int chunk) -> Tensor")
+_LIBRARY.define("first_maxima(Tensor scores) -> Tensor")
 _LIBRARY.define("set_num_threads(int num_threads) -> int")
 _LIBRARY.define("peak_rate(ScalarType weight, float seconds) -> float")
 
@@ -162,6 +163,17 @@ def chunk_maxima(scores: torch.Tensor, chunk: int) -> torch.Tensor:
     """`sampler.chunk_maxima_of` on the operators' threads: OpenMP's would spin beside them, on the same cores."""
     maxima: torch.Tensor = torch.ops.multibatch.chunk_maxima(scores, chunk)
     return maxima
+
+
+def first_maxima(scores: torch.Tensor) -> torch.Tensor:
+    """`sampler.first_maxima_of` on the operators' threads, in one pass; for libraries where `has_first_maxima`."""
+    found: torch.Tensor = torch.ops.multibatch.first_maxima(scores)
+    return found
+
+
+def has_first_maxima() -> bool:
+    """Whether the library that this process has loaded knows `first_maxima`; those built before November 2026 do not."""
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("multibatch::first_maxima", "CPU"))
 
 
 @contextmanager

@@ -24,6 +24,11 @@ class LoadedPrograms(Protocol):
         """The sampler's pass over the logits on this backend's threads; None: PyTorch's."""
         ...
 
+    @property
+    def first_maxima(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
+        """The sampler's search for the likeliest tokens on this backend's threads; None: by way of `chunk_maxima`."""
+        ...
+
     def run(self, program: str, inputs: ProgramInputs, pool: KVPool) -> torch.Tensor:
         """Runs one program by its manifest name; the pool changes in place. Returns logits [R, V]."""
         ...

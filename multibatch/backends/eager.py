@@ -54,6 +54,7 @@ class EagerPrograms:
     """The eager reference: one model for every batch size and chunk size."""
 
     chunk_maxima = None
+    first_maxima = None
     own_threads = contextlib.nullcontext
 
     def __init__(self, decoder: FlatDecoder) -> None:

@@ -83,6 +83,7 @@ class InductorPrograms:
                 stacklevel=4,
             )
         ops.set_num_threads(num_threads or cores)
+        self.first_maxima = ops.first_maxima if ops.has_first_maxima() else None
         self._weights = map_weights(artifact.file(manifest.weights))
         wanted = None if only is None else set(only)
         self._programs = {

@@ -14,7 +14,7 @@ import torch
 from multibatch import ops, reference
 from multibatch.artifact import sha256_file
 from multibatch.reference import AttentionOptions, StepInputs
-from multibatch.sampler import chunk_maxima_of
+from multibatch.sampler import chunk_maxima_of, first_maxima_of
 from multibatch_compile.operators import operator_library, targets
 from multibatch_compile.packing import pack
 
@@ -146,6 +146,21 @@ def test_chunk_maxima(dtype: torch.dtype, vocabulary: int) -> None:
     out = torch.ops.multibatch.chunk_maxima(scores, 128)
     assert torch.equal(out.nan_to_num(9e4), chunk_maxima_of(scores, 128).nan_to_num(9e4))
     assert int(out.isnan().sum()) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [1, 15, 16, 17, 8192, 8193, 20000])
+def test_first_maxima(dtype: torch.dtype, vocabulary: int) -> None:
+    torch.manual_seed(vocabulary)
+    scores = torch.randn(40, vocabulary).to(dtype)  # bfloat16 and float16 have ties among so many
+    scores[1, vocabulary // 2] = float("nan")
+    scores[2, :] = -float("inf")
+    scores[3, vocabulary // 3] = float("inf")
+    scores[4, : vocabulary - 1] = -float("inf")
+    scores[5, :] = -1.5
+    out = torch.ops.multibatch.first_maxima(scores)
+    assert out.tolist() == first_maxima_of(scores, chunk_maxima_of(scores, 128)).tolist()
+    assert out[1:6].tolist() == [-1, -1, -1, vocabulary - 1, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

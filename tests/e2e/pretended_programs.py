@@ -22,6 +22,7 @@ def next_token(token: Any, position: Any, vocabulary: int) -> Any:
 
 class PretendedPrograms:
     chunk_maxima = None
+    first_maxima = None
     own_threads = contextlib.nullcontext
 
     def __init__(self, vocabulary: int) -> None:

@@ -76,6 +76,39 @@ float maximum(const T* x, int64_t n) {
   return nan ? std::numeric_limits<float>::quiet_NaN() : max(largest);
 }
 
+// The highest of some numbers and where it lies: the first place of several. Of no numbers: place -1.
+struct Highest {
+  float value = -std::numeric_limits<float>::infinity();
+  int64_t place = -1;
+  bool nan = false;
+  void add(float x, int64_t at) {
+    nan = nan || x != x;
+    if (x > value || (x == value && at < place)) value = x, place = at;
+  }
+};
+
+template <typename T>
+Highest highest(const T* x, int64_t n) {
+  const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  f32x16 value = splat(-std::numeric_limits<float>::infinity());
+  i32x16 place = lane - lane - 1, wrong{};
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const f32x16 v = floats_of(x + i);
+    const i32x16 higher = v > value;
+    wrong |= v != v;
+    value = higher ? v : value;
+    place = higher ? lane + static_cast<int32_t>(i) : place;
+  }
+  Highest result;
+  for (int j = 0; j < 16; ++j) {
+    result.nan = result.nan || wrong[j] != 0;
+    if (place[j] >= 0) result.add(value[j], place[j]);
+  }
+  for (; i < n; ++i) result.add(to_float(x[i]), i);
+  return result;
+}
+
 enum class Activation { silu, gelu_tanh };
 
 // x * sigmoid(x), through e^-|x| so that nothing overflows.

@@ -248,6 +248,32 @@ at::Tensor chunk_maxima(const at::Tensor& scores, int64_t chunk) {
   return out;
 }
 
+at::Tensor first_maxima(const at::Tensor& scores) {
+  TORCH_CHECK(scores.dim() == 2 && scores.stride(1) == 1, "first_maxima: scores of ", scores.sizes(),
+              "; allowed: [n, V] with V contiguous");
+  constexpr int64_t kPerTile = 8192;
+  const int64_t n = scores.size(0), V = scores.size(1), tiles = (V + kPerTile - 1) / kPerTile, stride = scores.stride(0);
+  at::Tensor out = at::empty({n}, scores.options().dtype(at::kLong));
+  std::vector<Highest> parts(tiles * n);  // the columns of a thread are those it computed, and still lie in its cache
+  MULTIBATCH_DISPATCH(scores.scalar_type(), "first_maxima", {
+    const T* from = reinterpret_cast<const T*>(scores.const_data_ptr());
+    ThreadPool::instance().run(n * tiles, [&](int64_t tile) {
+      const int64_t first = tile / n * kPerTile;
+      parts[tile] = highest(from + tile % n * stride + first, std::min(kPerTile, V - first));
+      parts[tile].place += first;
+    });
+  });
+  for (int64_t row = 0; row < n; ++row) {
+    Highest all;
+    for (int64_t i = row; i < tiles * n; i += n) {
+      all.add(parts[i].value, parts[i].place);
+      all.nan = all.nan || parts[i].nan;
+    }
+    out.mutable_data_ptr<int64_t>()[row] = all.nan || !std::isfinite(all.value) ? -1 : all.place;
+  }
+  return out;
+}
+
 // Rows of a packed weight as floats: [ids, embedding_dim] of out's dtype.
 template <typename W, typename T>
 void embed(const int64_t* ids, int64_t num_ids, const W* packed, const float* scales, int64_t num_embeddings, int64_t K,
@@ -525,6 +551,7 @@ TORCH_LIBRARY_IMPL(multibatch, CPU, library) {
   library.impl("normed_linear", multibatch::normed_linear);
   library.impl("rms_norm", multibatch::rms_norm);
   library.impl("chunk_maxima", multibatch::chunk_maxima);
+  library.impl("first_maxima", multibatch::first_maxima);
   library.impl("packed_embedding", multibatch::packed_embedding);
   library.impl("paged_attention", multibatch::paged_attention);
 }
