@@ -45,6 +45,7 @@ struct Format {
   using Acc = f32x16;
   static constexpr int unit = 1;
   static constexpr int lanes = 1;  // per unit
+  static constexpr int range = 64;  // units of a panel that two groups of rows take in turn; by measurement
 };
 template <>
 struct Format<c10::BFloat16> {
@@ -52,6 +53,7 @@ struct Format<c10::BFloat16> {
   using Acc = f32x16;
   static constexpr int unit = 2;
   static constexpr int lanes = kDotBf16 ? 1 : 2;
+  static constexpr int range = 64;
 };
 template <>
 struct Format<int8_t> {
@@ -59,6 +61,7 @@ struct Format<int8_t> {
   using Acc = i32x16;
   static constexpr int unit = 4;
   static constexpr int lanes = 1;
+  static constexpr int range = 32;
 };
 
 template <typename W>
@@ -66,12 +69,14 @@ int64_t units_of(int64_t k) {
   return (k + Format<W>::unit - 1) / Format<W>::unit;
 }
 
-// Which bytes a pass over a unit of weights fetches ahead: so many behind the unit's own, two lines of 64.
+// Which bytes a pass over a range of weights fetches ahead: with each unit the line at `at` and the one `second` bytes behind it.
 struct Ahead {
-  int64_t first = kPrefetchBytes, second = kPrefetchBytes + 64;
-  void fetch(const void* w) const {
-    __builtin_prefetch(static_cast<const char*>(w) + first);
-    __builtin_prefetch(static_cast<const char*>(w) + second);
+  const char* at;
+  int64_t second, step;
+  void fetch() {
+    __builtin_prefetch(at);
+    __builtin_prefetch(at + second);
+    at += step;
   }
 };
 
@@ -91,25 +96,25 @@ inline void fma_rows(f32x16 (&acc)[R][2], const float* x, f32x16 w0, f32x16 w1) 
 // panel_product: acc[R][32] += x[R, units] . w[units, 32], within one chunk.
 
 template <int R>
-inline void panel_product(const float* w, const float* x, int64_t units, Ahead ahead, f32x16 (&acc)[R][2]) {
+inline void panel_product(const float* w, const float* x, int64_t units, Ahead& ahead, f32x16 (&acc)[R][2]) {
   for (int64_t i = 0; i < units; ++i, w += kPanel, ++x) {
-    ahead.fetch(w);
+    ahead.fetch();
     fma_rows<R>(acc, x, load_vector<f32x16>(w), load_vector<f32x16>(w + 16));
   }
 }
 
 template <int R>
-inline void panel_product(const c10::Half* w, const float* x, int64_t units, Ahead ahead, f32x16 (&acc)[R][2]) {
+inline void panel_product(const c10::Half* w, const float* x, int64_t units, Ahead& ahead, f32x16 (&acc)[R][2]) {
   for (int64_t i = 0; i < units; ++i, w += kPanel, ++x) {
-    ahead.fetch(w);
+    ahead.fetch();
     fma_rows<R>(acc, x, floats_of(w), floats_of(w + 16));
   }
 }
 
 template <int R>
-inline void panel_product(const c10::BFloat16* w, const float* x, int64_t units, Ahead ahead, f32x16 (&acc)[R][2]) {
+inline void panel_product(const c10::BFloat16* w, const float* x, int64_t units, Ahead& ahead, f32x16 (&acc)[R][2]) {
   for (int64_t i = 0; i < units; ++i, w += 2 * kPanel, x += 2) {
-    ahead.fetch(w);
+    ahead.fetch();
     u32x16 p0 = load_vector<u32x16>(w), p1 = load_vector<u32x16>(w + kPanel);
     u32x16 even0 = p0 << 16, even1 = p1 << 16, odd0 = p0 & 0xffff0000u, odd1 = p1 & 0xffff0000u;
     fma_rows<R>(acc, x, load_vector<f32x16>(&even0), load_vector<f32x16>(&even1));
@@ -119,9 +124,9 @@ inline void panel_product(const c10::BFloat16* w, const float* x, int64_t units,
 
 #ifdef __AVX512BF16__
 template <int R>
-inline void panel_product(const c10::BFloat16* w, const uint32_t* x, int64_t units, Ahead ahead, f32x16 (&acc)[R][2]) {
+inline void panel_product(const c10::BFloat16* w, const uint32_t* x, int64_t units, Ahead& ahead, f32x16 (&acc)[R][2]) {
   for (int64_t i = 0; i < units; ++i, w += 2 * kPanel, ++x) {
-    ahead.fetch(w);
+    ahead.fetch();
     __m512bh w0 = load_vector<__m512bh>(w), w1 = load_vector<__m512bh>(w + kPanel);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -144,9 +149,9 @@ inline i32x16 dot_bytes(i32x16 acc, uint32_t x, i32x16 w) {
 }
 
 template <int R>
-inline void panel_product(const int8_t* w, const uint32_t* x, int64_t units, Ahead ahead, i32x16 (&acc)[R][2]) {
+inline void panel_product(const int8_t* w, const uint32_t* x, int64_t units, Ahead& ahead, i32x16 (&acc)[R][2]) {
   for (int64_t i = 0; i < units; ++i, w += 4 * kPanel, ++x) {
-    ahead.fetch(w);
+    ahead.fetch();
     i32x16 w0 = load_vector<i32x16>(w), w1 = load_vector<i32x16>(w + 2 * kPanel);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -211,10 +216,10 @@ inline void finish_rows(const LinearCall<int8_t, T>& c, int64_t panel, int64_t r
   }
 }
 
-// Units [from, to) of one panel. All of them, or a range within one chunk.
+// Units [from, to) of one panel, all of them or a range within one chunk; and what to fetch meanwhile, from so many bytes
+// behind the first on.
 struct Range {
-  int64_t panel, from, to;
-  Ahead ahead;
+  int64_t panel, from, to, ahead, second, step;
 };
 
 // A range for one group of R rows. `carry` holds the group's sums between two ranges.
@@ -229,9 +234,10 @@ void panel_rows(const LinearCall<W, T>& c, const Range& range, int64_t row, type
   if (from)
     for (int i = 0; i < 2 * R; ++i) acc[i / 2][i % 2] = load_vector<Acc>(carry + i);
   const W* w = c.packed + (range.panel * c.units + from) * kPanel * unit;
+  Ahead ahead{reinterpret_cast<const char*>(w) + range.ahead, range.second, range.step};
   for (int64_t u = from; u < to; u += chunk_units, w += chunk_units * kPanel * unit) {
     const Lane* x = c.x + (u / chunk_units * c.M + row) * kChunkStride + u % chunk_units * lanes;
-    panel_product<R>(w, x, std::min(chunk_units, to - u), range.ahead, acc);
+    panel_product<R>(w, x, std::min(chunk_units, to - u), ahead, acc);
   }
   if (to < c.units) {
     for (int i = 0; i < 2 * R; ++i) store_vector(carry + i, acc[i / 2][i % 2]);
@@ -254,7 +260,7 @@ void panel_rows_of(int rows, const LinearCall<W, T>& c, const Range& range, int6
 // else would rest while the second computes. Many: a block of rows by a few panels, over chunks that keep both in the
 // core's own caches.
 struct Tiling {
-  static constexpr int64_t kBlockGroups = 8, kBlockPanels = 2, kPairPanels = 2, kPairUnits = 64;
+  static constexpr int64_t kBlockGroups = 8, kBlockPanels = 2, kPairPanels = 2;
   Groups groups;
   int64_t panels, panels_per_tile, row_blocks;
   Tiling(int64_t m, int64_t n) : groups(m), panels((n + kPanel - 1) / kPanel) {
@@ -275,13 +281,14 @@ Acc* carries() {
 template <typename W, typename T>
 void pair_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int64_t p1) {
   using Acc = typename Format<W>::Acc;
-  static_assert(kChunk / Format<W>::lanes % Tiling::kPairUnits == 0);  // a range lies within one chunk
-  constexpr int64_t bytes = Tiling::kPairUnits * Format<W>::unit * kPanel * sizeof(W);
+  constexpr int64_t unit = Format<W>::unit * kPanel * sizeof(W), length = Format<W>::range, bytes = length * unit;
+  static_assert(kChunk / Format<W>::lanes % length == 0);  // a range lies within one chunk
   Acc* const carry = carries<Acc>();
   for (int64_t p = p0; p < p1; ++p)
-    for (int64_t from = 0; from == 0 || from < c.units; from += Tiling::kPairUnits)
+    for (int64_t from = 0; from == 0 || from < c.units; from += length)
       for (int64_t g = 0; g < 2; ++g) {
-        const Range range{p, from, std::min(from + Tiling::kPairUnits, c.units), {bytes + 64 * g, bytes + 64 * g}};
+        // Halves, and not every other line: cores fetch pairs of lines, and the second group would find all of it there.
+        const Range range{p, from, std::min(from + length, c.units), bytes + g * bytes / 2, 0, unit / 2};
         panel_rows_of<W, T>(tiling.groups.size(g), c, range, tiling.groups.start(g), carry + g * kMaxRows * 2);
       }
 }
@@ -289,6 +296,7 @@ void pair_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int6
 template <typename W, typename T>
 void linear_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t tile) {
   using Acc = typename Format<W>::Acc;
+  constexpr int64_t unit = Format<W>::unit * kPanel * sizeof(W);
   const int64_t p0 = tile / tiling.row_blocks * tiling.panels_per_tile;
   const int64_t p1 = std::min(p0 + tiling.panels_per_tile, tiling.panels);
   const int64_t block = tile % tiling.row_blocks, count = tiling.groups.count;
@@ -300,7 +308,7 @@ void linear_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t tile) 
     for (int64_t p = p0; p < p1; ++p)
       for (int64_t g = g0; g < g1; ++g) {
         Acc* held = carry + ((p - p0) * Tiling::kBlockGroups + (g - g0)) * kMaxRows * 2;
-        const Range range{p, from, std::min(from + length, c.units), {}};
+        const Range range{p, from, std::min(from + length, c.units), kPrefetchBytes, 64, unit};
         panel_rows_of<W, T>(tiling.groups.size(g), c, range, tiling.groups.start(g), held);
       }
 }

@@ -21,7 +21,8 @@ int64_t products_until(std::chrono::steady_clock::time_point end) {
   int64_t products = 0;
   do {
     for (int i = 0; i < 64; ++i) {
-      panel_product<kMaxRows>(w, x, units, {0, 64}, acc);
+      Ahead ahead{reinterpret_cast<const char*>(w), 64, 0};
+      panel_product<kMaxRows>(w, x, units, ahead, acc);
       products += kMaxRows * kPanel * unit * units;
     }
   } while (std::chrono::steady_clock::now() < end);
