@@ -101,7 +101,7 @@ class ThreadPool {
   // Longer than the gaps between two operations of a step, shorter than what a neighbour would miss.
   static constexpr std::chrono::microseconds kSpin{300};
   static constexpr std::chrono::microseconds kSlowTile{1000};
-  static constexpr std::chrono::milliseconds kRest{50}, kLongestRest{800};
+  static constexpr std::chrono::milliseconds kNeighbour{20}, kRest{50}, kLongestRest{800};
 
   // Tiles [next, end) that a thread is to take first; then others help it.
   class alignas(64) Range {
@@ -141,7 +141,7 @@ class ThreadPool {
       (*job_)(tile);
       done_.fetch_add(1, std::memory_order_acq_rel);
       const Clock::time_point after = Clock::now();
-      if (after - before > kSlowTile && may_rest_ && was_put_aside()) rest_one(after);
+      if (after - before > kSlowTile && may_rest_ && was_put_aside()) put_aside(after);
       before = after;
     }
   }
@@ -158,10 +158,12 @@ class ThreadPool {
 #endif
   }
 
-  // Sends one more worker to rest; for longer, if the last rest has just ended.
-  void rest_one(Clock::time_point now) {
+  // Sends one more worker to rest where there is a neighbour, who comes every few milliseconds; for longer, if the last rest has
+  // just ended. What happens once is over.
+  void put_aside(Clock::time_point now) {
     std::lock_guard<std::mutex> lock(sleep_mutex_);
-    if (now < rest_until_ && resting_.load() > 0 && now - rest_since_ < kRest / 4) return;  // give it time to help
+    const bool is_neighbour = now - std::exchange(put_aside_at_, now) < kNeighbour;
+    if (!is_neighbour || (now < rest_until_ && resting_.load() > 0 && now - rest_since_ < kRest / 4)) return;
     rest_ = now - rest_until_ < kRest ? std::min(rest_ * 2, kLongestRest) : kRest;
     rest_since_ = now;
     rest_until_ = now + rest_;
@@ -260,7 +262,7 @@ class ThreadPool {
   std::mutex sleep_mutex_;
   std::condition_variable wake_;     // there are tiles
   std::condition_variable wake_up_;  // a rest is over
-  Clock::time_point rest_since_{}, rest_until_{};
+  Clock::time_point put_aside_at_{}, rest_since_{}, rest_until_{};
   std::chrono::milliseconds rest_ = kRest;
   std::atomic<int> resting_{0};  // workers that take no tiles, the last ones
   const std::function<void(int64_t)>* job_ = nullptr;
