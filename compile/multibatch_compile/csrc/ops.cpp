@@ -63,6 +63,11 @@ void prepare(LinearCall<W, T>& call, int64_t K, const RowOf& row_of) {
 // The weight that was read after each weight, last time. Layers follow each other in one order, step after step.
 class Succession {
  public:
+  static Succession& of_this_thread() {
+    static thread_local Succession weights;
+    return weights;
+  }
+
   // Notes that this weight is read now, and answers which one comes after it.
   Stream after(Stream weight) {
     if (last_) next_[last_] = weight;
@@ -81,14 +86,15 @@ void linear_of(LinearCall<W, T>& call, int64_t K, const RowOf& row_of) {
   prepare(call, K, row_of);
   const Tiling tiling(call.M, call.N);
   auto fn = [&](int64_t tile) { linear_tile(call, tiling, tile); };
-  static thread_local Succession weights;
+  ThreadPool& pool = ThreadPool::instance();
   if (tiling.tiles_are_long()) {
-    ThreadPool::instance().expect({});
+    pool.expect({});
   } else {
     const int64_t bytes = tiling.panels_per_tile * call.units * kPanel * Format<W>::unit * sizeof(W);
-    ThreadPool::instance().expect(weights.after({reinterpret_cast<const char*>(call.packed), tiling.count(), bytes}));
+    const char* const packed = reinterpret_cast<const char*>(call.packed);
+    pool.expect(Succession::of_this_thread().after({packed, tiling.count(), bytes}));
   }
-  ThreadPool::instance().run(tiling.count(), fn, tiling.tiles_are_long());
+  pool.run(tiling.count(), fn, tiling.tiles_are_long());
 }
 
 #define MULTIBATCH_DISPATCH(TYPE, NAME, ...)                                                      \

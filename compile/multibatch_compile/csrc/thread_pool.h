@@ -64,9 +64,9 @@ class ThreadPool {
   // Says what will probably be read after the next job. Threads without a tile fetch the beginning of their share of it
   // into their own caches. It need not be there any more: a fetch of memory that was given back does nothing.
   void expect(Stream stream) {
-    expected_data_.store(stream.data, std::memory_order_relaxed);
     expected_tiles_.store(stream.tiles, std::memory_order_relaxed);
     expected_tile_bytes_.store(stream.tile_bytes, std::memory_order_relaxed);
+    expected_data_.store(stream.data, std::memory_order_release);  // who sees it sees the others
   }
 
   // Calls fn(tile) for every tile in [0, num_tiles), in any order and on any thread; returns when all are done. Tiles are
@@ -196,7 +196,7 @@ class ThreadPool {
   // Fetches a line of what is expected, as long as the thread's share has one and the cache has room; else waits a moment.
   void fetch_or_relax(int thread) {
     Fetched& f = fetched_[thread];
-    const char* data = expected_data_.load(std::memory_order_relaxed);
+    const char* data = expected_data_.load(std::memory_order_acquire);
     if (f.data != data) {
       const int64_t tiles = expected_tiles_.load(std::memory_order_relaxed), n = num_workers_ + 1;
       const int64_t bytes = expected_tile_bytes_.load(std::memory_order_relaxed), first = tiles * thread / n * bytes;
