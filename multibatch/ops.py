@@ -7,6 +7,7 @@ packed once, and every program of a ladder shares both. What an operator compute
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,6 +39,11 @@ _LIBRARY.define(
 )
 _LIBRARY.define(
     "paged_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) key_pool,"
+    " Tensor(b!) value_pool, Tensor slot_mapping, Tensor cu_seqlens, Tensor block_tables,"
+    " Tensor seq_lens, Tensor? sinks, float scale, int sliding_window, float softcap) -> Tensor"
+)
+_LIBRARY.define(
+    "rotary_attention(Tensor query, Tensor key, Tensor value, Tensor cos, Tensor sin, Tensor(a!) key_pool,"
     " Tensor(b!) value_pool, Tensor slot_mapping, Tensor cu_seqlens, Tensor block_tables,"
     " Tensor seq_lens, Tensor? sinks, float scale, int sliding_window, float softcap) -> Tensor"
 )
@@ -126,6 +132,27 @@ def _paged_attention_fake(
     return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
 
 
+@torch.library.register_fake("multibatch::rotary_attention", lib=_LIBRARY)
+def _rotary_attention_fake(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    key_pool: torch.Tensor,
+    value_pool: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    block_tables: torch.Tensor,
+    seq_lens: torch.Tensor,
+    sinks: torch.Tensor | None,
+    scale: float,
+    sliding_window: int,
+    softcap: float,
+) -> torch.Tensor:
+    return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
+
+
 def load_operators(path: Path, sha256: str, loaded: dict[str, Path]) -> None:
     """Makes the operators of an artifact's library callable in this process.
 
@@ -148,6 +175,7 @@ def load_operators(path: Path, sha256: str, loaded: dict[str, Path]) -> None:
         )
     try:
         torch.ops.load_library(str(path))
+        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)  # programs call its C functions, and find them only so
     except OSError as error:
         raise ArtifactError(
             f"operator library {path} does not load here: {error}; recompile the artifact on this machine"

@@ -81,6 +81,24 @@ def paged_attention(
     return out
 
 
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary positions in the form of two halves (Su et al. 2021, as transformers' Llama has them), computed in float32.
+
+    Args:
+        x: [1, H, T, D].
+        cos: [1, 1, T, d], d even and at most D; what is beyond d stays.
+        sin: like cos.
+
+    Returns:
+        Like x.
+    """
+    dims = cos.shape[-1]
+    turned, rest = x[..., :dims].float(), x[..., dims:]
+    first, second = turned.chunk(2, -1)
+    turned = turned * cos.float() + torch.cat([-second, first], -1) * sin.float()
+    return torch.cat([turned.to(x.dtype), rest], -1)
+
+
 def _attend(
     query: torch.Tensor,
     keys: torch.Tensor,

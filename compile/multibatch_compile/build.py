@@ -49,6 +49,7 @@ from .model import LoadedModel, load_model, write_weights
 from .operators import Target, find_compiler, is_built, operator_library, targets
 from .progress import Progress
 from .quantization import compare, quantized_reference
+from .shims import has_all_shims
 from .verify import check_flattening, check_program
 from .workers import run_workers
 
@@ -350,6 +351,8 @@ def _build_programs(staging: Staging, manifest: Manifest, names: Sequence[str], 
 
 def _program_job(folder: Path, manifest: Manifest, spec: ProgramSpec) -> dict[str, Any]:
     """What `worker.py` reads."""
+    # Libraries that are not there yet come from this version's sources; those of an old artifact may be an old version's.
+    libraries = [folder / library.file.path for library in manifest.ops]
     shape = ProgramShape(
         spec.name, spec.kind, spec.batch_size, spec.num_tokens, blocks_for(manifest.max_seq_len, manifest.kv.block_size)
     )
@@ -361,6 +364,7 @@ def _program_job(folder: Path, manifest: Manifest, spec: ProgramSpec) -> dict[st
         "layers": [dataclasses.astuple(layer) for layer in manifest.kv.layers],
         "dtype": manifest.model.dtype,
         "portable": len(manifest.ops) > 1,
+        "latest_operators": all(has_all_shims(library) for library in libraries if library.is_file()),
         "output": str(folder / "programs" / f"{spec.name}.pt2"),
     }
 

@@ -18,8 +18,9 @@ from multibatch.backends.inductor import map_weights
 from multibatch.errors import CompileError
 from multibatch.manifest import KVLayout, TensorSpec
 
-from .fusion import fuse_gates, fuse_norms, replace_norms
+from .fusion import fuse_gates, fuse_norms, fuse_rotary, replace_norms
 from .packing import Packing, pack_model
+from .shims import declarations
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +66,14 @@ def input_specs(shape: ProgramShape, kv: KVLayout, dtype: str) -> tuple[TensorSp
 
 
 def build_program(
-    folder: Path, weights: Path, shape: ProgramShape, kv: KVLayout, dtype: str, output: Path, portable: bool = False
+    folder: Path,
+    weights: Path,
+    shape: ProgramShape,
+    kv: KVLayout,
+    dtype: str,
+    output: Path,
+    portable: bool = False,
+    latest_operators: bool = True,
 ) -> None:
     """Exports and compiles one program to `output` (.pt2).
 
@@ -77,6 +85,7 @@ def build_program(
         dtype: the model's.
         output: the file to write.
         portable: use no CPU features but those of `hardware.portable_isa`.
+        latest_operators: whether the artifact's library has what `shims.has_all_shims` asks for; else the program does without.
     """
     warnings.filterwarnings("ignore", category=FutureWarning)
     with safe_open(weights, framework="pt") as file:
@@ -91,6 +100,8 @@ def build_program(
         program = torch.export.export(decoder, arguments, dynamic_shapes=_free_dimensions(shape, kv), strict=False)
         fuse_gates(program.graph)
         fuse_norms(program.graph)
+        if latest_operators:
+            fuse_rotary(program.graph)
         program.graph_module.recompile()
         torch._inductor.aoti_compile_and_package(
             program,
@@ -102,6 +113,7 @@ def build_program(
                 # Inductor test-compiles each instruction set that the CPU reports, 15 s in every process. The operators
                 # were built here for the same CPU before this.
                 "cpp.vec_isa_ok": True,
+                "aot_inductor.custom_ops_to_c_shims": declarations() if latest_operators else {},
                 **(_portable_options() if portable else {}),
             },
         )

@@ -17,6 +17,9 @@ _ACTIVATIONS = {
     (torch.ops.aten.gelu.default, (("approximate", "tanh"),)): "gelu_tanh",
 }
 
+_MOST_ROTARY = 256
+"""Numbers of a head that the operator can rotate (kStretch in csrc/elementwise.h)."""
+
 
 @dataclass(frozen=True, slots=True)
 class NormOptions:
@@ -125,6 +128,69 @@ def fuse_norms(graph: fx.Graph) -> int:
         graph.erase_node(norm)
         count += 1
     return count
+
+
+def fuse_rotary(graph: fx.Graph) -> int:
+    """Rewrites attention over rotated queries and keys (`reference.rotate`) as one operator that rotates as it reads.
+
+    Returns:
+        How many were rewritten.
+    """
+    count = 0
+    for node in list(graph.nodes):
+        if node.target is not torch.ops.multibatch.paged_attention.default or node.kwargs:
+            continue
+        query, key = _rotated(node.args[0]), _rotated(node.args[1])
+        if query is None or key is None or query[1:] != key[1:]:
+            continue
+        arguments = (query[0], key[0], node.args[2], *query[1:], *node.args[3:])
+        _replace(graph, node, torch.ops.multibatch.rotary_attention.default, arguments)
+        count += 1
+    graph.eliminate_dead_code()
+    return count
+
+
+def _rotated(y: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """x, cos and sin where y is `reference.rotate` of them."""
+    if not _is(y, torch.ops.aten.cat.default):
+        return _rotated_all(y)
+    if len(y.args[0]) != 2 or y.args[1:] not in ((-1,), (3,)):
+        return None
+    turned, rest = _rotated_all(y.args[0][0]), _part(y.args[0][1])
+    if turned is None or rest is None:
+        return None
+    dims, part = turned[1].meta["val"].shape[-1], _part(turned[0])
+    return (rest[0], *turned[1:]) if part == (rest[0], 0, dims) and rest[1] == dims and _is_end(rest) else None
+
+
+def _rotated_all(y: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    if not _is(y, torch.ops.aten.add.Tensor) or y.kwargs or len(y.args) != 2:
+        return None
+    straight, crossed = y.args
+    if not (_is(straight, torch.ops.aten.mul.Tensor) and _is(crossed, torch.ops.aten.mul.Tensor)):
+        return None
+    (x, cos), (halves, sin) = straight.args, crossed.args
+    if not all(isinstance(node, fx.Node) for node in (x, cos, sin)) or not _is(halves, torch.ops.aten.cat.default):
+        return None
+    tables, shape = (cos.meta["val"], sin.meta["val"]), x.meta["val"].shape
+    fits = all(t.shape == (1, 1, shape[2], shape[3]) and t.dtype == x.meta["val"].dtype for t in tables)
+    if not fits or len(halves.args[0]) != 2 or halves.args[1:] not in ((-1,), (3,)) or shape[3] > _MOST_ROTARY:
+        return None
+    negated, first = halves.args[0]
+    half, second = shape[3] // 2, _part(negated.args[0]) if _is(negated, torch.ops.aten.neg.default) else None
+    halved = _part(first) == (x, 0, half) and second is not None and second[:2] == (x, half) and _is_end(second)
+    return (x, cos, sin) if halved else None
+
+
+def _part(node: Any) -> tuple[fx.Node, int, int] | None:
+    """(x, start, end) of a slice of x's last dimension, x being of four."""
+    if not _is(node, torch.ops.aten.slice.Tensor) or len(node.args) != 4 or node.args[1] not in (-1, 3):
+        return None
+    return (node.args[0], *node.args[2:])
+
+
+def _is_end(part: tuple[fx.Node, int, int]) -> bool:
+    return bool(part[2] >= part[0].meta["val"].shape[-1])
 
 
 def _replace(graph: fx.Graph, node: fx.Node, target: Any, arguments: tuple[Any, ...]) -> None:

@@ -37,7 +37,8 @@ def main() -> None:
     layers = tuple(KVLayer(*layer) for layer in job["layers"])
     kv = KVLayout(job["block_size"], len(layers), layers)
     folder, shape = Path(job["folder"]), ProgramShape(**job["shape"])
-    build_program(folder, folder / job["weights"], shape, kv, job["dtype"], Path(job["output"]), job["portable"])
+    output, portable, latest = Path(job["output"]), job["portable"], job["latest_operators"]
+    build_program(folder, folder / job["weights"], shape, kv, job["dtype"], output, portable, latest)
 
 
 def _replay(job: Mapping[str, Any]) -> None:

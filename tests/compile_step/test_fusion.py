@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from multibatch.backends.flat_model import REFERENCE_ATTENTION, FlatDecoder
-from multibatch_compile.fusion import NormOptions, fuse_gates, fuse_norms, norm_options
+from multibatch_compile.fusion import NormOptions, fuse_gates, fuse_norms, fuse_rotary, norm_options
 from multibatch_compile.model import find_fused
 from multibatch_compile.packing import PackedLinear, Packing, pack, packed_shape
 
@@ -124,6 +124,53 @@ def test_only_norms_for_a_linear_layer_alone_are_rewritten(shared: bool, count: 
     assert fuse_norms(program.graph) == count
     targets = [node.target for node in program.graph.nodes]
     assert (torch.ops.multibatch.rms_norm.default in targets) is shared
+
+
+class Rotated(nn.Module):
+    """Attention over queries and keys that are rotated as transformers' models do it, or nearly so."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+
+    def forward(self, q: torch.Tensor, k: torch.Tensor, angles: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
+        cos, sin = angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
+        turned = self.turn(q, cos, sin), self.turn(k, sin if self.form == "other angles" else cos, sin)
+        out: torch.Tensor = torch.ops.multibatch.paged_attention(*turned, k, *rest, None, 1.0, 0, 0.0)
+        return out
+
+    def turn(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        dims = cos.shape[-1]
+        head, tail = x[..., :dims], x[..., dims:]
+        if self.form == "pairs":  # GPT-J's: neighbours, and not halves
+            crossed = torch.stack([-head[..., 1::2], head[..., ::2]], -1).flatten(-2)
+        else:
+            first, second = head[..., : dims // 2], head[..., dims // 2 :]
+            crossed = torch.cat([second, -first] if self.form == "backwards" else [-second, first], -1)
+        turned = head * cos + crossed * sin
+        return torch.cat([turned, tail], -1) if dims < x.shape[-1] else turned
+
+
+@pytest.mark.parametrize(
+    ("form", "dims", "count"),
+    [
+        ("halves", 16, 1),
+        ("halves", 8, 1),
+        ("backwards", 16, 0),
+        ("pairs", 16, 0),
+        ("other angles", 16, 0),
+    ],
+)
+def test_only_rotations_of_two_halves_by_the_same_angles_are_rewritten(form: str, dims: int, count: int) -> None:
+    q, k, angles = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16), torch.randn(1, 3, dims)
+    pools = torch.zeros(2, 2, 16, 16), torch.zeros(2, 2, 16, 16)
+    ints = [torch.tensor(x, dtype=torch.int32) for x in ([0, 3], [[1]], [3])]
+    arguments = (q, k, angles, *pools, torch.arange(16, 19), *ints)
+    program = torch.export.export(Rotated(form), arguments, strict=False)
+    assert fuse_rotary(program.graph) == count
+    targets = [node.target for node in program.graph.nodes]
+    assert (torch.ops.aten.cat.default in targets) is (count == 0 and form != "pairs")
+    assert (torch.ops.multibatch.paged_attention.default in targets) is (count == 0)
 
 
 @pytest.mark.parametrize(

@@ -218,6 +218,44 @@ def test_attention_equals_the_reference(
     assert torch.equal(values[1:], step.value_pools[0][1:])
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dims", [24, 16, 2])
+def test_rotary_attention_is_the_rotation_and_then_the_attention(dtype: torch.dtype, dims: int) -> None:
+    torch.manual_seed(dims)
+    q, k = torch.randn(1, 6, 9, 24).to(dtype), torch.randn(1, 9, 2, 24).to(dtype).transpose(1, 2)
+    v = torch.randn(1, 2, 9, 24).to(dtype)
+    angles = torch.rand(1, 1, 9, dims) * 6
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    # A decode row behind 20 positions, one that has just begun, and a chunk.
+    ints = [[0, 1, 2, 9], [[1, 2], [3, 0], [4, 0]], [21, 1, 7]]
+    starts, tables, lengths = (torch.tensor(x, dtype=torch.int32) for x in ints)
+    slots = torch.tensor([2 * 16 + 4, 3 * 16, *range(4 * 16, 4 * 16 + 7)])
+    pools = torch.randn(5, 2, 24, 16).to(dtype), torch.randn(5, 2, 16, 24).to(dtype)
+    rest = (slots, starts, tables, lengths, None, 0.2, 0, 0.0)
+    keys, values = (pool.clone() for pool in pools)
+    out = torch.ops.multibatch.rotary_attention(q, k, v, cos, sin, keys, values, *rest)
+    turned = reference.rotate(q, cos, sin), reference.rotate(k, cos, sin)
+    expected = torch.ops.multibatch.paged_attention(*turned, v, *pools, *rest)
+    assert float((out.float() - expected.float()).abs().max()) < 10 * TOLERANCE[dtype]
+    assert float((keys.float() - pools[0].float()).abs().max()) < 4 * TOLERANCE[dtype]
+    assert torch.equal(values, pools[1])
+
+
+@pytest.mark.parametrize(
+    ("dims", "dtype", "message"),
+    [(26, torch.float32, "an even number up to 24"), (3, torch.float32, "even"), (8, torch.bfloat16, "must be Float")],
+)
+def test_angles_that_do_not_fit_the_heads_are_refused(dims: int, dtype: torch.dtype, message: str) -> None:
+    q, angles = torch.ones(1, 1, 1, 24), torch.ones(1, 1, 1, dims, dtype=dtype)
+    one = torch.tensor([0, 1], dtype=torch.int32)
+    keys, values = torch.zeros(2, 1, 24, 16), torch.zeros(2, 1, 16, 24)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.multibatch.rotary_attention(
+            q, q, q, angles, angles, keys, values, torch.tensor([16]), one, one[None, 1:], one[1:], None, 1.0, 0, 0.0
+        )
+    assert float(keys.abs().max()) == 0.0
+
+
 def test_an_index_outside_the_pool_is_refused_before_anything_is_written() -> None:
     keys = torch.zeros(2, 1, 16, 16)
     q = torch.ones(1, 1, 1, 16)

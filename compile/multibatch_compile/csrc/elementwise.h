@@ -55,6 +55,22 @@ void rms_norm_row(const T* x, const T* weight, T* y, int64_t n, NormOptions o) {
   }
 }
 
+// Turns the first `dims` of one head's numbers by the angles of its position (Su et al. 2021, in the form of two halves), and
+// rounds them to T. dims: even, kStretch at most.
+template <typename T>
+void rotate(float* x, const T* cosines, const T* sines, int64_t dims) {
+  alignas(64) float cos[kStretch], sin[kStretch];
+  floats_from(cosines, cos, dims);
+  floats_from(sines, sin, dims);
+  const int64_t half = dims / 2;
+  for (int64_t d = 0; d < half; ++d) {
+    const float a = x[d], b = x[d + half];
+    x[d] = a * cos[d] - b * sin[d];
+    x[d + half] = b * cos[d + half] + a * sin[d + half];
+  }
+  round_to<T>(x, dims);
+}
+
 // The largest of n numbers; NaN where there is one among them.
 template <typename T>
 float maximum(const T* x, int64_t n) {

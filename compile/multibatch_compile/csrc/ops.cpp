@@ -324,20 +324,42 @@ at::Tensor packed_embedding(const at::Tensor& ids, const at::Tensor& packed, con
   return out;
 }
 
+// By what queries and new keys are turned: a row of cosines and one of sines for each token.
+struct Rotary {
+  const void* cos = nullptr;
+  const void* sin = nullptr;
+  int64_t dims = 0;  // of the head dimension, the first so many; 0: none
+};
+
 // The arguments of one paged_attention call in plain C++ terms.
 struct Call {
   AttentionShape shape;
+  Rotary rotary;
   const int32_t* starts;    // [R + 1]: row r's tokens are [starts[r], starts[r + 1])
   const int32_t* lengths;   // [R]: positions of row r in the pool, its new tokens included
   const int32_t* tables;    // [R, max_blocks]
   const int64_t* slots;     // [T]
   int64_t num_rows, num_tokens;
+
+  // x: a query or key of this token, [head_dim].
+  template <typename T>
+  void rotate_token(int64_t token, float* x) const {
+    const int64_t at = token * rotary.dims;
+    if (rotary.dims) rotate(x, static_cast<const T*>(rotary.cos) + at, static_cast<const T*>(rotary.sin) + at, rotary.dims);
+  }
 };
 
 // One unit of work: some query tokens of a row for one KV head, over one span or (span < 0) all spans in turn.
 struct Tile {
   int32_t row, kv_head, token, num_tokens, span;
 };
+
+// One head of a token, any distance apart, as floats.
+template <typename T>
+void head_to_floats(const T* from, int64_t stride, float* to, int64_t n) {
+  if (stride == 1) return floats_from(from, to, n);
+  for (int64_t d = 0; d < n; ++d) to[d] = to_float(from[d * stride]);
+}
 
 template <typename T>
 void write_pool(const Call& call, const at::Tensor& key, const at::Tensor& value, T* key_pool, T* value_pool) {
@@ -346,10 +368,12 @@ void write_pool(const Call& call, const at::Tensor& key, const at::Tensor& value
   const T* v = reinterpret_cast<const T*>(value.const_data_ptr());
   auto write = [&](int64_t t) {
     const int64_t block = call.slots[t] / s.block_size, offset = call.slots[t] % s.block_size;
+    float* rotated = row_buffer<float>(s.head_dim);
     for (int64_t h = 0; h < s.num_kv_heads; ++h) {
       T* k_to = key_pool + (block * s.num_kv_heads + h) * s.head_dim * s.block_size + offset;
-      const T* k_from = k + h * key.stride(1) + t * key.stride(2);
-      for (int64_t d = 0; d < s.head_dim; ++d) k_to[d * s.block_size] = k_from[d * key.stride(3)];
+      head_to_floats(k + h * key.stride(1) + t * key.stride(2), key.stride(3), rotated, s.head_dim);
+      call.rotate_token<T>(t, rotated);
+      for (int64_t d = 0; d < s.head_dim; ++d) k_to[d * s.block_size] = static_cast<T>(rotated[d]);  // exact
       T* v_to = value_pool + ((block * s.num_kv_heads + h) * s.block_size + offset) * s.value_dim;
       const T* v_from = v + h * value.stride(1) + t * value.stride(2);
       for (int64_t d = 0; d < s.value_dim; ++d) v_to[d] = v_from[d * value.stride(3)];
@@ -384,7 +408,7 @@ std::vector<Tile> tiles_of(const Call& call) {
   return tiles;
 }
 
-// Gathers a tile's queries as [token, head of the group] rows, scaled, with their positions.
+// Gathers a tile's queries as [token, head of the group] rows, turned and scaled, with their positions.
 template <typename T>
 Queries queries_of(const Call& call, const Tile& tile, const at::Tensor& query, Scratch& scratch) {
   const AttentionShape& s = call.shape;
@@ -395,11 +419,8 @@ Queries queries_of(const Call& call, const Tile& tile, const at::Tensor& query, 
     for (int64_t g = 0; g < s.group(); ++g, ++rows) {
       const T* from = q + (tile.kv_head * s.group() + g) * query.stride(1) + t * query.stride(2);
       float* to = scratch.q.data() + rows * s.head_dim;
-      if (query.stride(3) == 1) {
-        floats_from(from, to, s.head_dim);
-      } else {
-        for (int64_t d = 0; d < s.head_dim; ++d) to[d] = to_float(from[d * query.stride(3)]);
-      }
+      head_to_floats(from, query.stride(3), to, s.head_dim);
+      call.rotate_token<T>(t, to);
       for (int64_t d = 0; d < s.head_dim; ++d) to[d] *= s.scale;
       scratch.positions[rows] = call.lengths[tile.row] - chunk + (t - call.starts[tile.row]);
     }
@@ -493,17 +514,17 @@ void check(const Call& call, int64_t num_blocks) {
   }
 }
 
-at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                           at::Tensor key_pool, at::Tensor value_pool, const at::Tensor& slot_mapping,
-                           const at::Tensor& cu_seqlens, const at::Tensor& block_tables, const at::Tensor& seq_lens,
-                           const std::optional<at::Tensor>& sinks, double scale, int64_t sliding_window,
-                           double softcap) {
+at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const Rotary& rotary,
+                     at::Tensor key_pool, at::Tensor value_pool, const at::Tensor& slot_mapping,
+                     const at::Tensor& cu_seqlens, const at::Tensor& block_tables, const at::Tensor& seq_lens,
+                     const std::optional<at::Tensor>& sinks, double scale, int64_t sliding_window, double softcap) {
   TORCH_CHECK(key_pool.is_contiguous() && value_pool.is_contiguous(), "paged_attention: the pool must be contiguous");
   TORCH_CHECK(query.scalar_type() == key_pool.scalar_type() && key.scalar_type() == key_pool.scalar_type() &&
                   value.scalar_type() == value_pool.scalar_type(),
               "paged_attention: queries, keys, values and pool must share one dtype; got ", query.scalar_type(), ", ",
               key.scalar_type(), ", ", value.scalar_type(), ", ", key_pool.scalar_type());
   Call call;
+  call.rotary = rotary;
   call.shape = {query.size(1),       key.size(1),          query.size(3),
                 value.size(3),       key_pool.size(3),     block_tables.size(1),
                 static_cast<float>(scale), static_cast<float>(softcap), sliding_window};
@@ -533,6 +554,33 @@ at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const
   return out;
 }
 
+at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                           at::Tensor key_pool, at::Tensor value_pool, const at::Tensor& slot_mapping,
+                           const at::Tensor& cu_seqlens, const at::Tensor& block_tables, const at::Tensor& seq_lens,
+                           const std::optional<at::Tensor>& sinks, double scale, int64_t sliding_window,
+                           double softcap) {
+  return attention(query, key, value, {}, key_pool, value_pool, slot_mapping, cu_seqlens, block_tables, seq_lens, sinks,
+                   scale, sliding_window, softcap);
+}
+
+at::Tensor rotary_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
+                            const at::Tensor& cos, const at::Tensor& sin, at::Tensor key_pool, at::Tensor value_pool,
+                            const at::Tensor& slot_mapping, const at::Tensor& cu_seqlens,
+                            const at::Tensor& block_tables, const at::Tensor& seq_lens,
+                            const std::optional<at::Tensor>& sinks, double scale, int64_t sliding_window,
+                            double softcap) {
+  const int64_t dims = cos.size(-1), most = std::min(query.size(3), kStretch);
+  TORCH_CHECK(cos.sizes() == sin.sizes() && cos.numel() == query.size(2) * dims && dims % 2 == 0 && dims <= most,
+              "rotary_attention: cosines ", cos.sizes(), " and sines ", sin.sizes(), "; allowed: [1, 1, ", query.size(2),
+              ", an even number up to ", most, "]");
+  TORCH_CHECK(cos.scalar_type() == query.scalar_type() && sin.scalar_type() == query.scalar_type(),
+              "rotary_attention: cosines and sines must be ", query.scalar_type(), "; got ", cos.scalar_type(), ", ",
+              sin.scalar_type());
+  const at::Tensor c = cos.contiguous(), s = sin.contiguous();
+  return attention(query, key, value, {c.const_data_ptr(), s.const_data_ptr(), dims}, key_pool, value_pool,
+                   slot_mapping, cu_seqlens, block_tables, seq_lens, sinks, scale, sliding_window, softcap);
+}
+
 int64_t set_num_threads(int64_t num_threads) {
   TORCH_CHECK(num_threads >= 1, "set_num_threads: ", num_threads, "; allowed: 1 or more");
   if (ThreadPool::instance().num_threads() != num_threads) ThreadPool::instance().resize(static_cast<int>(num_threads));
@@ -560,9 +608,12 @@ TORCH_LIBRARY_IMPL(multibatch, CPU, library) {
   library.impl("first_maxima", multibatch::first_maxima);
   library.impl("packed_embedding", multibatch::packed_embedding);
   library.impl("paged_attention", multibatch::paged_attention);
+  library.impl("rotary_attention", multibatch::rotary_attention);
 }
 
 TORCH_LIBRARY_IMPL(multibatch, CompositeExplicitAutograd, library) {
   library.impl("set_num_threads", multibatch::set_num_threads);
   library.impl("peak_rate", multibatch::peak_rate);
 }
+
+#include "shims.h"

@@ -183,37 +183,51 @@ struct Groups {
   int size(int64_t g) const { return static_cast<int>(start(g + 1) - start(g)); }
 };
 
+// A whole panel's outputs at a time, so that all of this is vectors; what is beyond N is zero, and not stored.
+template <typename From>
+inline void outputs_of(const From* from, int64_t n, From (&out)[kPanel]) {
+  if (n == kPanel) {
+    std::memcpy(out, from, sizeof(out));
+  } else {
+    std::copy(from, from + n, out);
+  }
+}
+
+template <int R, typename W, typename T, typename ValueOf>
+inline void store_rows(const LinearCall<W, T>& c, int64_t panel, int64_t row, const ValueOf& value_of) {
+  const int64_t first = panel * kPanel, n = std::min<int64_t>(kPanel, c.N - first);
+  alignas(64) T stored[kPanel] = {};
+  alignas(64) float bias[kPanel], out[kPanel];
+  if (c.bias) outputs_of(c.bias + first, n, stored);
+  floats_from(stored, bias, kPanel);
+  for (int r = 0; r < R; ++r) {
+    for (int half = 0; half < 2; ++half)
+      store_vector(out + 16 * half, value_of(r, half) + load_vector<f32x16>(bias + 16 * half));
+    T* const y = c.y + (row + r) * c.N + first;
+    if (n == kPanel) {
+      floats_to(out, y, kPanel);
+    } else {
+      floats_to(out, y, n);
+    }
+  }
+}
+
 template <int R, typename T>
 inline void finish_rows(const LinearCall<T, T>& c, int64_t panel, int64_t row, const f32x16 (&acc)[R][2]) {
-  const int64_t first = panel * kPanel, n = std::min<int64_t>(kPanel, c.N - first);
-  alignas(64) float bias[kPanel] = {};
-  if (c.bias) floats_from(c.bias + first, bias, n);
-  for (int r = 0; r < R; ++r) {
-    alignas(64) float out[kPanel];
-    store_vector(out, acc[r][0] + load_vector<f32x16>(bias));
-    store_vector(out + 16, acc[r][1] + load_vector<f32x16>(bias + 16));
-    floats_to(out, c.y + (row + r) * c.N + first, n);
-  }
+  store_rows<R>(c, panel, row, [&](int r, int half) { return acc[r][half]; });
 }
 
 template <int R, typename T>
 inline void finish_rows(const LinearCall<int8_t, T>& c, int64_t panel, int64_t row, const i32x16 (&acc)[R][2]) {
   const int64_t first = panel * kPanel, n = std::min<int64_t>(kPanel, c.N - first);
-  alignas(64) float bias[kPanel] = {}, scale[kPanel] = {};
-  alignas(64) int32_t excess[kPanel] = {};
-  if (c.bias) floats_from(c.bias + first, bias, n);
-  std::copy(c.scales + first, c.scales + first + n, scale);
-  for (int64_t i = 0; i < n; ++i) excess[i] = 128 * c.sums[first + i];
-  for (int r = 0; r < R; ++r) {
-    alignas(64) float out[kPanel];
-    for (int half = 0; half < 2; ++half) {
-      i32x16 exact = acc[r][half] - load_vector<i32x16>(excess + 16 * half);
-      f32x16 value = __builtin_convertvector(exact, f32x16);
-      value = value * (load_vector<f32x16>(scale + 16 * half) * c.x_scales[row + r]);
-      store_vector(out + 16 * half, value + load_vector<f32x16>(bias + 16 * half));
-    }
-    floats_to(out, c.y + (row + r) * c.N + first, n);
-  }
+  alignas(64) float scale[kPanel] = {};
+  alignas(64) int32_t sums[kPanel] = {};
+  outputs_of(c.scales + first, n, scale);
+  outputs_of(c.sums + first, n, sums);
+  store_rows<R>(c, panel, row, [&](int r, int half) {
+    const i32x16 exact = acc[r][half] - (load_vector<i32x16>(sums + 16 * half) << 7);  // x was 128 too large
+    return __builtin_convertvector(exact, f32x16) * (load_vector<f32x16>(scale + 16 * half) * c.x_scales[row + r]);
+  });
 }
 
 // Units [from, to) of one panel, all of them or a range within one chunk; and what to fetch meanwhile, from so many bytes
