@@ -9,7 +9,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 
@@ -56,10 +55,37 @@ class DecodeRow:
 _PADDED_ROW = DecodeRow(0, 0, (SCRATCH_BLOCK,))
 
 
-def decode_inputs(rows: Sequence[DecodeRow], batch_size: int, max_blocks: int, block_size: int) -> ProgramInputs:
-    """T = R = batch_size; rows beyond the live ones are padding."""
-    padding = [_PADDED_ROW] * (batch_size - len(rows))
-    return step_inputs((), [*rows, *padding], max_blocks, block_size)
+class InputBuffers:
+    """Tensors of earlier calls, written anew for a call of the same shape: making them costs more than filling them.
+
+    What a call was given is gone with the next one's.
+    """
+
+    def __init__(self, max_shapes: int = 64) -> None:
+        """Keeps the tensors of up to `max_shapes` shapes."""
+        self._max_shapes = max_shapes
+        self._kept: dict[tuple[int, int, int], tuple[array[int], array[int], ProgramInputs]] = {}
+
+    def inputs(self, flat: _Flattened, keep: list[int]) -> ProgramInputs:
+        """As `_inputs`."""
+        shape = (len(flat.tokens), len(flat.lengths), len(keep))
+        longs, ints = _joined(flat, keep)
+        if shape not in self._kept:
+            if len(self._kept) == self._max_shapes:
+                self._kept.clear()
+            self._kept[shape] = (longs, ints, _tensors(longs, ints, *shape))
+        kept_longs, kept_ints, inputs = self._kept[shape]
+        kept_longs[:], kept_ints[:] = longs, ints
+        return inputs
+
+
+def decode_inputs(
+    rows: Sequence[DecodeRow], batch_size: int, max_blocks: int, block_size: int, buffers: InputBuffers | None = None
+) -> ProgramInputs:
+    """T = R = batch_size; rows beyond the live ones are padding. With `buffers`, in tensors of theirs."""
+    flat = _flattened((), [*rows, *[_PADDED_ROW] * (batch_size - len(rows))], max_blocks, block_size)
+    keep = list(range(batch_size))
+    return _inputs(flat, keep) if buffers is None else buffers.inputs(flat, keep)
 
 
 def prefill_inputs(
@@ -106,16 +132,22 @@ class _Flattened:
 
 
 def _inputs(flat: _Flattened, keep: list[int]) -> ProgramInputs:
-    tokens, positions, slots, kept = _tensors("q", torch.int64, flat.tokens, flat.positions, flat.slots, keep)
-    starts, tables, lengths = _tensors("i", torch.int32, flat.starts, flat.tables, flat.lengths)
-    return ProgramInputs(tokens[None], positions[None], slots, starts, tables.view(len(lengths), -1), lengths, kept)
+    return _tensors(*_joined(flat, keep), len(flat.tokens), len(flat.lengths), len(keep))
 
 
-def _tensors(code: str, dtype: torch.dtype, *parts: list[int]) -> tuple[torch.Tensor, ...]:
-    """Vectors in one buffer: `torch.tensor` takes several times as long, and for each of them."""
-    buffer = torch.frombuffer(array(code, list(chain.from_iterable(parts))), dtype=dtype)
-    vectors: tuple[torch.Tensor, ...] = buffer.split([len(part) for part in parts])
-    return vectors
+def _joined(flat: _Flattened, keep: list[int]) -> tuple[array[int], array[int]]:
+    """What a program gets in int64, and what in int32, one vector after the other."""
+    longs = array("q", [*flat.tokens, *flat.positions, *flat.slots, *keep])
+    return longs, array("i", [*flat.starts, *flat.tables, *flat.lengths])
+
+
+def _tensors(longs: array[int], ints: array[int], num_tokens: int, num_rows: int, num_logits: int) -> ProgramInputs:
+    """Views of the two arrays: `torch.tensor` takes several times as long, and for each of the inputs."""
+    t, r = num_tokens, num_rows
+    tokens, positions, slots, keep = torch.frombuffer(longs, dtype=torch.int64).split([t, t, t, num_logits])
+    num_ints = len(ints) - 2 * r - 1
+    starts, tables, lengths = torch.frombuffer(ints, dtype=torch.int32).split([r + 1, num_ints, r])
+    return ProgramInputs(tokens[None], positions[None], slots, starts, tables.view(r, -1), lengths, keep)
 
 
 def _flattened(

@@ -300,8 +300,10 @@ class Engine:
         """
         with self._programs.own_threads():
             logits, num_sampled = self.runner.run(step), len(step.sampled)
-            self._note_prompt_logprobs(step, logits[num_sampled:])
-            return self._sample(step.sampled, logits[:num_sampled])
+            if logits.shape[0] > num_sampled:
+                self._note_prompt_logprobs(step, logits[num_sampled:])
+                logits = logits[:num_sampled]
+            return self._sample(step.sampled, logits)
 
     def _check(self, request_id: str, prompt_token_ids: AnySequence[int], params: SamplingParams) -> None:
         if request_id in self._groups:
@@ -352,8 +354,13 @@ class Engine:
         if owner is None:  # a step that is only timed
             return SamplingRow.from_sequence(sequence)
         group, completion = owner
+        if completion.plain_row is not None:
+            return completion.plain_row
         mask = None if completion.matcher is None else completion.matcher.allowed()
-        return SamplingRow.from_sequence(sequence, group.rules, mask)
+        row = SamplingRow.from_sequence(sequence, group.rules, mask)
+        if row.is_plain and completion.matcher is None:
+            completion.plain_row = row
+        return row
 
     def _end_alone(self, error: StepError) -> None:
         """Ends the sequences that an error names and no others; one that names none is of the whole step."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from multibatch.grammar import Matcher
 from multibatch.logits_masks import TokenRules
 from multibatch.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput, Sequence
+from multibatch.sampler import SamplingRow
 from multibatch.sampling_params import RequestOutputKind, SamplingParams
 from multibatch.tokenizer import Detokenizer
 
@@ -26,6 +27,8 @@ class Completion:
     scheduled_ts: float | None = None
     first_token_ts: float | None = None
     last_token_ts: float | None = None
+    plain_row: SamplingRow | None = None
+    """What the sampler is told, once its token is the maximum of the logits for good; its position is not read any more."""
 
 
 @dataclass(slots=True)

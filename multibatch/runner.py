@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from multibatch.backends.base import LoadedPrograms
-from multibatch.batch import DecodeRow, decode_inputs, prefill_inputs, step_inputs
+from multibatch.batch import DecodeRow, InputBuffers, decode_inputs, prefill_inputs, step_inputs
 from multibatch.kv.block_table import blocks_for
 from multibatch.kv.pool import KVPool
 from multibatch.manifest import STEP, Manifest, decoder_name, prefill_name
@@ -40,6 +40,7 @@ class Runner:
         self._selector = selector
         self._clock = clock
         self._block_size = manifest.kv.block_size
+        self._buffers = InputBuffers()
         self._max_blocks = blocks_for(manifest.max_seq_len, self._block_size)
         self.records: deque[CallRecord] = deque(maxlen=MAX_RECORDS)
         # Every call since the start, whatever became of its record.
@@ -88,11 +89,11 @@ class Runner:
         for slot in self._selector.select(len(rows)):
             live = rows[slot.start : slot.stop]
             program = self._manifest.decoder_for(slot.batch_size)
-            inputs = decode_inputs(live, slot.batch_size, self._max_blocks, self._block_size)
+            inputs = decode_inputs(live, slot.batch_size, self._max_blocks, self._block_size, self._buffers)
             start = self._clock()
             logits = self._programs.run(program.name, inputs, self._pool)
             self._record(decoder_name(slot.batch_size), slot.num_live, slot.batch_size, start)
-            parts.append(logits[: slot.num_live])
+            parts.append(logits if slot.num_live == logits.shape[0] else logits[: slot.num_live])
         return parts
 
     def _record(self, program: str, num_live: int, size: int, start: float) -> None:

@@ -56,6 +56,17 @@ class SamplingRow:
     request_id: str = ""
     """Named in errors."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether the row's token is the maximum of the logits as they came."""
+        return (
+            self.params.is_greedy
+            and self.rules is None
+            and self.grammar_mask is None
+            and not self.forbidden_token_ids
+            and not self.params.needs_history
+        )
+
     @classmethod
     def from_sequence(
         cls,
@@ -136,30 +147,20 @@ class Sampler:
             )
         if not rows:
             return SampledRows([], [])
-        with torch.inference_mode():
-            token_ids = _checked(self._first_maxima(logits), rows)
-            changed = [i for i, row in enumerate(rows) if not _is_plain(row)]
-            if changed:
-                scores = logits[changed] if len(changed) < len(rows) else logits
-                drawn = _draw(scores, [rows[i] for i in changed], self._chunk_maxima)
-                for i, token_id in zip(changed, drawn, strict=True):
-                    token_ids[i] = token_id
-            logprobs = [
-                None if k is None else row_logprobs(logits[i], token_ids[i], k)
-                for i, k in enumerate(row.params.logprobs for row in rows)
-            ]
+        token_ids = _checked(self._first_maxima(logits), rows)
+        logprobs: list[RowLogprobs | None] = [None] * len(rows)
+        changed = [i for i, row in enumerate(rows) if not row.is_plain]
+        asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
+        if changed or asked:
+            with torch.inference_mode():
+                if changed:
+                    scores = logits[changed] if len(changed) < len(rows) else logits
+                    drawn = _draw(scores, [rows[i] for i in changed], self._chunk_maxima)
+                    for i, token_id in zip(changed, drawn, strict=True):
+                        token_ids[i] = token_id
+                for i in asked:
+                    logprobs[i] = row_logprobs(logits[i], token_ids[i], rows[i].params.logprobs or 0)
         return SampledRows(token_ids, logprobs)
-
-
-def _is_plain(row: SamplingRow) -> bool:
-    """Whether the row's token is the maximum of the logits as they came."""
-    return (
-        row.params.is_greedy
-        and row.rules is None
-        and row.grammar_mask is None
-        and not row.forbidden_token_ids
-        and not row.params.needs_history
-    )
 
 
 def chunk_maxima_of(scores: torch.Tensor, chunk: int) -> torch.Tensor:

@@ -49,6 +49,16 @@ class ScheduledStep:
     decode: tuple[Sequence, ...] = ()
     # lost their blocks to make room for this step and wait again; not part of it
     preempted: tuple[Sequence, ...] = ()
+    # all that the step computes, in row order
+    sequences: tuple[Sequence, ...] = field(init=False, compare=False, repr=False)
+    # those that get a token, in the order in which `update` takes the ids
+    sampled: tuple[Sequence, ...] = field(init=False, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        """Lists the sequences once: a step is asked for them often."""
+        object.__setattr__(self, "sequences", (*(chunk.sequence for chunk in self.prefill), *self.decode))
+        last = (chunk.sequence for chunk in self.prefill if chunk.is_last)
+        object.__setattr__(self, "sampled", (*last, *self.decode))
 
     @property
     def is_empty(self) -> bool:
@@ -59,13 +69,3 @@ class ScheduledStep:
     def num_prefill_tokens(self) -> int:
         """Tokens of the prefill call."""
         return sum(chunk.num_tokens for chunk in self.prefill)
-
-    @property
-    def sequences(self) -> tuple[Sequence, ...]:
-        """All sequences that the step computes, in row order."""
-        return (*(chunk.sequence for chunk in self.prefill), *self.decode)
-
-    @property
-    def sampled(self) -> tuple[Sequence, ...]:
-        """The sequences that get a token from this step, in the order `update` takes the ids."""
-        return (*(chunk.sequence for chunk in self.prefill if chunk.is_last), *self.decode)

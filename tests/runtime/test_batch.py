@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from multibatch.batch import DecodeRow, decode_inputs, prefill_inputs, step_inputs
+from multibatch.batch import DecodeRow, InputBuffers, decode_inputs, prefill_inputs, step_inputs
 from multibatch.request import Request, Sequence
 from multibatch.sampling_params import SamplingParams
 from multibatch.scheduled_step import PrefillChunk
@@ -73,3 +73,15 @@ def test_prompt_logprobs_ask_for_the_positions_before_prompt_tokens() -> None:
     chunks = [BEGUN, asking(10, 0, 4, 6), WHOLE]
     assert step_inputs(chunks, ROWS, 3, 4).logits_to_keep.tolist() == [10, 13, 14, 15, 5, 6, 7, 8, 9]
     assert step_inputs([asking(9, 0, 0, 3)], (), 3, 4).logits_to_keep.tolist() == [0, 1, 2]
+
+
+def test_buffers_hold_the_call_at_hand_and_no_trace_of_the_one_before() -> None:
+    buffers = InputBuffers(max_shapes=2)
+
+    other = [DecodeRow(9, 1, [5]), DecodeRow(8, 0, [6])]
+    for rows, size in ((other, 2), (ROWS, 4), (other, 4), (ROWS, 3), (other, 2)):  # three shapes where two have room
+        kept = decode_inputs(rows, size, 3, 4, buffers)
+        for got, expected in zip(kept.tensors(), decode_inputs(rows, size, 3, 4).tensors(), strict=True):
+            assert got.dtype == expected.dtype
+            assert torch.equal(got, expected)
+    assert decode_inputs(other, 2, 3, 4, buffers) is decode_inputs(ROWS, 2, 3, 4, buffers)

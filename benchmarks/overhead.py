@@ -1,0 +1,92 @@
+"""What a decode step costs beside the program: scheduling, inputs, sampling, outputs. With --profile, which functions.
+
+usage: python benchmarks/overhead.py ARTIFACT [--rows 1,8,16] [--tokens 128] [--profile]
+"""
+
+from __future__ import annotations
+
+import argparse
+import cProfile
+import pstats
+import random
+import statistics
+import time
+
+import torch
+
+from multibatch import SamplingParams
+from multibatch.artifact import Artifact
+from multibatch.backends.base import LoadedPrograms
+from multibatch.backends.load import load_programs
+from multibatch.batch import ProgramInputs
+from multibatch.config import EngineConfig
+from multibatch.engine import Engine
+from multibatch.kv.pool import KVPool
+from multibatch.sampling_params import RequestOutputKind
+
+
+class Timed:
+    """Programs that add up the seconds they took."""
+
+    def __init__(self, programs: LoadedPrograms) -> None:
+        self._programs = programs
+        self.own_threads, self.chunk_maxima = programs.own_threads, programs.chunk_maxima
+        self.first_maxima = programs.first_maxima
+        self.seconds: list[float] = []
+
+    def run(self, program: str, inputs: ProgramInputs, pool: KVPool) -> torch.Tensor:
+        """See `LoadedPrograms.run`."""
+        start = time.perf_counter()
+        logits = self._programs.run(program, inputs, pool)
+        self.seconds.append(time.perf_counter() - start)
+        return logits
+
+
+def steps(engine: Engine, programs: Timed, rows: int, tokens: int) -> list[tuple[float, float]]:
+    """Milliseconds of each decode step of `rows` requests, and of its programs."""
+    rng = random.Random(rows)
+    params = SamplingParams(
+        temperature=0.0, max_tokens=tokens, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY
+    )
+    for i in range(rows):
+        prompt = [rng.randrange(engine.manifest.model.vocab_size) for _ in range(128)]
+        engine.add_request(f"{rows}-{i}", prompt, params)
+    found = []
+    while engine.has_unfinished:
+        programs.seconds.clear()
+        decodes = (
+            all(sequence.num_output_tokens for sequence in engine.scheduler.running) and not engine.scheduler.waiting
+        )
+        start = time.perf_counter()
+        engine.step()
+        if decodes:
+            found.append(((time.perf_counter() - start) * 1000, sum(programs.seconds) * 1000))
+    return found
+
+
+def main() -> None:
+    """Prints a line for each number of rows: medians over the decode steps."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("artifact")
+    parser.add_argument("--rows", default="1,8,16")
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--profile", action="store_true")
+    arguments = parser.parse_args()
+    artifact = Artifact.open(arguments.artifact)
+    programs = Timed(load_programs(artifact))
+    engine = Engine(artifact, EngineConfig(), programs)
+    steps(engine, programs, 1, 16)  # first calls
+    for rows in map(int, arguments.rows.split(",")):
+        profile = cProfile.Profile()
+        if arguments.profile:
+            profile.enable()
+        found = steps(engine, programs, rows, arguments.tokens)
+        profile.disable()
+        step, program, rest = (statistics.median(x) for x in zip(*((s, p, s - p) for s, p in found), strict=True))
+        print(f"{rows:3d} rows: step {step:.2f} ms, program {program:.2f}, rest {rest:.3f} ({rest / step:.1%})")
+        if arguments.profile:
+            pstats.Stats(profile).sort_stats("tottime").print_stats(24)
+
+
+if __name__ == "__main__":
+    main()
