@@ -70,20 +70,33 @@ def calibrate(
     """
     programs = load_programs(artifact)
     engine = Engine(artifact, EngineConfig(enable_prefix_caching=False), programs)
-    points = list(_points(engine, grid))
-    times: list[list[float]] = [[] for _ in points]
-    total = len(points) * (grid.repeats + 1)
-    for turn in range(grid.repeats + 1):
-        for i, (ctx_len, d_num, chunk_size) in enumerate(points):
-            ms = _time_step(engine, _step(engine.manifest, ctx_len, d_num, chunk_size))
+    costs = _measure(artifact, engine, programs, list(_points(engine, grid)), grid.repeats, progress)
+    return CostTable(CostRow(*point, round(cost, 4)) for point, cost in costs.items()).monotone()
+
+
+Point = tuple[int, int, int]
+"""ctx_len, d_num, chunk_size."""
+
+
+def _measure(
+    artifact: Artifact,
+    engine: Engine,
+    programs: LoadedPrograms,
+    points: list[Point],
+    repeats: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[Point, float]:
+    """Milliseconds of the steps at these points, what is around them included: medians, one round after the other."""
+    times: dict[Point, list[float]] = {point: [] for point in points}
+    total = len(points) * (repeats + 1)
+    for turn in range(repeats + 1):
+        for i, point in enumerate(points):
+            ms = _time_step(engine, _step(engine.manifest, *point))
             if turn:  # the first round warms up
-                times[i].append(ms)
+                times[point].append(ms)
             progress(turn * len(points) + i + 1, total)
     around = _times_around(artifact, programs, sorted({d_num for _, d_num, _ in points}))
-    return CostTable(
-        CostRow(*point, round(statistics.median(taken) + around[point[1]], 4))
-        for point, taken in zip(points, times, strict=True)
-    )
+    return {point: statistics.median(taken) + around[point[1]] for point, taken in times.items()}
 
 
 class _IdleEngine(Engine):
@@ -111,7 +124,7 @@ def _times_around(artifact: Artifact, programs: LoadedPrograms, d_nums: list[int
     return found
 
 
-def _points(engine: Engine, grid: Grid) -> Iterator[tuple[int, int, int]]:
+def _points(engine: Engine, grid: Grid) -> Iterator[Point]:
     manifest = engine.manifest
     longest = min(manifest.max_prefill_tokens, manifest.max_seq_len - 1)
     ladder = tuple(manifest.decoders) or _steps_up(1, 2, manifest.max_num_seqs)

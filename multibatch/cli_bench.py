@@ -216,7 +216,9 @@ def serve_command(
 
 def _print_serve(result: dict[str, Any]) -> None:
     table = Table(title="Serving Benchmark Result", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    columns = [("measured", result)] + ([("predicted", result["predicted"])] if "predicted" in result else [])
+    columns = [("measured", result)]
+    if "predicted" in result:
+        columns += [("predicted", result["predicted"]), ("as calibrated", result["predicted_as_calibrated"])]
     table.add_column("")
     for name, _ in columns:
         table.add_column(name, justify="right")
@@ -229,6 +231,14 @@ def _print_serve(result: dict[str, Any]) -> None:
             name = f"{kind}_{metric}_ms"
             table.add_row(name, *(_number(figures[name]) for _, figures in columns))
     OUT.print(table)
+    if "slowdown" in result:
+        slow = result["slowdown"]
+        OUT.print(
+            f"steps took {slow['decode']:.2f} times as long as calibrated, those with prompts {slow['prompts']:.2f}: predicted"
+            " is with, as calibrated without that",
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 _SEEDS_COLUMNS = {
@@ -251,6 +261,7 @@ _SEEDS_COLUMNS = {
 @click.option("--num-requests", default=32, show_default=True)
 @click.option("--input-len", default=128, show_default=True, help="Mean prompt tokens.")
 @click.option("--output-len", default=64, show_default=True, help="Mean new tokens.")
+@click.option("--request-rate", default=float("inf"), show_default=True, help="Requests per second; inf: all at once.")
 @click.option("--repeats", default=3, show_default=True, help="The median run counts; the cases take turns.")
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Also write the table to this file.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Also draw throughput and P95 to this file.")
@@ -264,13 +275,15 @@ def seeds_command(
 
     opened = Artifact.open(artifact)
     rows = run_seeds(opened, batch_sizes=sorted(parse_batch_sizes(batch_sizes)), **options)
-    _print_rows(f"{options['num_requests']} requests at once; times in ms; limit: tok/s", rows, _SEEDS_COLUMNS)
+    rate = options["request_rate"]
+    load = f"{options['num_requests']} requests " + ("at once" if rate == float("inf") else f"at {rate:g}/s")
+    _print_rows(f"{load}; times in ms; limit: tok/s", rows, _SEEDS_COLUMNS)
     _print_gain(rows)
     if csv_file is not None:
         write_csv(rows, csv_file)
     if picture is not None:
         draw_seeds(rows, _caption(opened), picture)
-    _finish({"model_id": opened.manifest.model.id, "rows": rows}, None)
+    _finish({"model_id": opened.manifest.model.id, "request_rate": str(rate), "rows": rows}, None)
 
 
 def _print_gain(rows: list[dict[str, Any]]) -> None:

@@ -10,7 +10,7 @@ import io
 import math
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from multibatch.errors import ConfigError
 
@@ -27,6 +27,21 @@ class CostRow:
     """Prompt tokens that ride along; 0 is a step of decode rows alone."""
     cost: float
     """Milliseconds."""
+
+    def is_within(self, other: CostRow) -> bool:
+        """Whether the other step does all that this one does. Of one without decode rows the context does not count."""
+        fits = self.d_num <= other.d_num and self.chunk_size <= other.chunk_size
+        return fits and (not self.d_num or self.ctx_len <= other.ctx_len)
+
+
+@dataclass(frozen=True, slots=True)
+class Slowdown:
+    """How many times as long steps take as a table says."""
+
+    decode: float = 1.0
+    """Of steps of decode rows alone."""
+    prompts: float = 1.0
+    """Of steps with prompt tokens."""
 
 
 class CostTable:
@@ -89,6 +104,21 @@ class CostTable:
         writer.writerow(field.name for field in fields(CostRow))
         writer.writerows((row.ctx_len, row.d_num, row.chunk_size, row.cost) for row in self.rows)
         return text.getvalue()
+
+    def monotone(self) -> CostTable:
+        """With costs that do not fall where context, rows or prompt grow, as they cannot: what does is the machine's unrest.
+
+        Each becomes the mean of the dearest step that it contains and of the cheapest that contains it. Costs that rise
+        already stay.
+        """
+        below = {row: max(other.cost for other in self.rows if other.is_within(row)) for row in self.rows}
+        above = {row: min(other.cost for other in self.rows if row.is_within(other)) for row in self.rows}
+        return CostTable(replace(row, cost=(below[row] + above[row]) / 2) for row in self.rows)
+
+    def scaled(self, by: Slowdown) -> CostTable:
+        """The same steps, that many times as long."""
+        factor = {False: by.decode, True: by.prompts}
+        return CostTable(replace(row, cost=row.cost * factor[row.chunk_size > 0]) for row in self.rows)
 
     def largest_chunk(self, ctx_len: float, d_num: int, target_ms: float) -> int | None:
         """The most prompt tokens that may ride along with d_num >= 1 decode rows inside the target.

@@ -222,7 +222,7 @@ class Engine:
         now = time.monotonic()
         self.scheduler.step_done(step, (now - started) * 1000)
         if predicted is not None:
-            self.stats.step_predicted(predicted / 1000, now - started)
+            self._compare(step, predicted, (now - started) * 1000)
         waits: dict[float, int] = {}
         for sequence, token, logprobs in zip(step.sampled, sampled.token_ids, sampled.logprobs, strict=True):
             if sequence in live:
@@ -235,6 +235,10 @@ class Engine:
         groups = dict.fromkeys(self._owner[sequence.request_id][0].request_id for sequence in step.sampled)
         outputs = [self._output(self._groups[name]) for name in groups]
         return [output for output in outputs if output is not None]
+
+    def _compare(self, step: ScheduledStep, predicted_ms: float, ms: float) -> None:
+        """Notes what a step took, beside what it was expected to take."""
+        self.stats.step_predicted(predicted_ms / 1000, ms / 1000)
 
     @property
     def prefix_cache_stats(self) -> PrefixCacheStats:

@@ -12,6 +12,7 @@ from typing import Any
 from multibatch.artifact import Artifact
 from multibatch.backends.base import LoadedPrograms
 from multibatch.config import EngineConfig
+from multibatch.cost_table import Slowdown
 from multibatch.engine import Engine
 from multibatch.sampler import SampledRows
 from multibatch.sampling_params import RequestOutputKind, SamplingParams
@@ -30,6 +31,19 @@ class ScriptedEngine(Engine):
         super().__init__(artifact, config, programs)
         self.output_lengths: dict[str, int] = {}
         """By request id: tokens after which it ends."""
+        self._ms = {prompts: [0.0, 0.0] for prompts in (False, True)}
+
+    @property
+    def slowdown(self) -> Slowdown:
+        """How many times as long the steps took as was predicted of them, in all; 1 of a kind that did not come up."""
+        ratios = {prompts: ms / predicted if predicted else 1.0 for prompts, (predicted, ms) in self._ms.items()}
+        return Slowdown(decode=ratios[False], prompts=ratios[True])
+
+    def _compare(self, step: ScheduledStep, predicted_ms: float, ms: float) -> None:
+        super()._compare(step, predicted_ms, ms)
+        sums = self._ms[bool(step.prefill)]
+        sums[0] += predicted_ms
+        sums[1] += ms
 
     def compute(self, step: ScheduledStep) -> SampledRows:
         """See `Engine.compute`."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -42,20 +43,22 @@ def run_seeds(
     num_requests: int = 32,
     input_len: int = 128,
     output_len: int = 64,
+    request_rate: float = float("inf"),
     repeats: int = 3,
     seed: int = 0,
 ) -> list[dict[str, Any]]:
-    """All requests are there from the start; their lengths are drawn from half to one and a half times the means.
+    """Requests come at request_rate, or all at the start; their lengths are drawn from half to one and a half times the means.
 
-    static: groups of batch_size in the order of arrival, the next when the longest of the group has ended; continuous: at
-    most batch_size run, and one that ends makes room at once. Each row is the median run by tokens per second.
+    static: groups of batch_size in the order of arrival, each when it is complete and the longest of the group before has
+    ended; continuous: at most batch_size run, and one that ends makes room at once. Each row is the median run by mean
+    latency, which counts from a request's arrival.
 
     Returns:
         A row of COLUMNS for each scheduler and batch size; static with 1 is the baseline. limit_tokens_per_s is what the
         machine's rates allow, measured in the same run: with batch_size rows in every decode step, all weights read
         for each, and all products made.
     """
-    load: dict[str, Any] = {"request_rate": float("inf"), "input_len": input_len, "output_len": output_len}
+    load: dict[str, Any] = {"request_rate": request_rate, "input_len": input_len, "output_len": output_len}
     trace = make_trace(num_requests, **load, lengths="uniform", seed=seed)
     programs = load_programs(artifact)
     cases = [("static", size) for size in batch_sizes] + [("continuous", size) for size in batch_sizes if size > 1]
@@ -65,8 +68,8 @@ def run_seeds(
         rooflines.append(measure_roofline(artifact.manifest))
         for scheduler, size in cases:
             engine = ScriptedEngine(artifact, EngineConfig(max_num_seqs=size, enable_prefix_caching=False), programs)
-            groups = [trace[i : i + size] for i in range(0, len(trace), size)] if scheduler == "static" else [trace]
-            runs[scheduler, size].append(_row(scheduler, size, _run_groups(engine, groups)))
+            times = _run_groups(engine, trace, size) if scheduler == "static" else run_load(engine, trace)
+            runs[scheduler, size].append(_row(scheduler, size, times))
     limits = {size: _limit(artifact.manifest, best_of(rooflines), trace, size) for size in batch_sizes}
     return [{**_median_run(rows), "limit_tokens_per_s": limits[size]} for (_, size), rows in runs.items()]
 
@@ -88,28 +91,32 @@ def write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
         writer.writerows(rows)
 
 
-def _run_groups(engine: ScriptedEngine, groups: Sequence[Sequence[TraceRequest]]) -> list[RequestTimes]:
-    """Group after group; a request's time runs from the start of the first."""
+def _run_groups(engine: ScriptedEngine, trace: Sequence[TraceRequest], size: int) -> list[RequestTimes]:
+    """Group after group. Nothing waits for an arrival here: a group's times are moved to when it would have begun."""
     everything: list[RequestTimes] = []
-    start = 0.0
-    for group in groups:
-        times = run_load(engine, group)
-        end = max(t.tokens[-1] for t in times)
-        everything += [RequestTimes(0.0, [start + at for at in t.tokens], start + (t.scheduled or 0.0)) for t in times]
-        start += end
+    free = 0.0
+    for first in range(0, len(trace), size):
+        group = trace[first : first + size]
+        start = max(free, group[-1].timestamp)
+        found = run_load(engine, [replace(request, timestamp=0.0) for request in group])
+        everything += [
+            RequestTimes(request.timestamp, [start + at for at in times.tokens], start + (times.scheduled or 0.0))
+            for request, times in zip(group, found, strict=True)
+        ]
+        free = start + max(times.tokens[-1] for times in found)
     return everything
 
 
 def _row(scheduler: str, batch_size: int, times: Sequence[RequestTimes]) -> dict[str, Any]:
-    latencies = [t.tokens[-1] * 1000 for t in times]
+    latencies = [(t.tokens[-1] - t.arrival) * 1000 for t in times]
     num_tokens = sum(len(t.tokens) for t in times)
-    first = fmean(t.tokens[0] for t in times) * 1000
+    first = fmean(t.tokens[0] - t.arrival for t in times) * 1000
     return {
         "scheduler": scheduler,
         "batch_size": batch_size,
         "tokens_per_s": num_tokens / max(t.tokens[-1] for t in times),
         "ttft_ms": first,
-        "prefill_ms": first - fmean(t.scheduled or 0.0 for t in times) * 1000,
+        "prefill_ms": first - fmean((t.scheduled or 0.0) - t.arrival for t in times) * 1000,
         "decode_ms": fmean(t.tokens[-1] - t.tokens[0] for t in times) * 1000,
         "latency_ms": fmean(latencies),
         "latency_p50_ms": percentile(latencies, 50),
@@ -118,4 +125,4 @@ def _row(scheduler: str, batch_size: int, times: Sequence[RequestTimes]) -> dict
 
 
 def _median_run(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return sorted(rows, key=lambda row: row["tokens_per_s"])[len(rows) // 2]
+    return sorted(rows, key=lambda row: row["latency_ms"])[len(rows) // 2]

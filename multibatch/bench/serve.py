@@ -12,10 +12,11 @@ from multibatch.backends.base import LoadedPrograms
 from multibatch.backends.load import load_programs
 from multibatch.bench.load import ScriptedEngine, run_load
 from multibatch.config import EngineConfig
+from multibatch.cost_table import CostTable, Slowdown
 from multibatch.errors import ConfigError
 from multibatch.policies.build import build_policies
 from multibatch.simulator import simulate
-from multibatch.trace import TraceRequest, summarise_times
+from multibatch.trace import RequestTimes, TraceRequest, summarise_times
 
 COMPARED = ("output_throughput", "mean_ttft_ms", "mean_tpot_ms")
 """What a prediction is judged by."""
@@ -41,13 +42,16 @@ def run_serve(
         programs: of the artifact, if they are loaded and warm already.
         max_concurrency: requests in the engine at once.
         goodput: as in `summarise_times`.
-        predict: also simulates the same load with the artifact's cost table.
+        predict: also simulates the same load with the artifact's cost table, scaled by how long the load's steps took in all
+            beside what it says of them (a machine changes its speed after calibration), and as it is.
         seed: of the token ids.
 
     Raises:
         ConfigError: `predict` without a cost table.
     """
     engine = ScriptedEngine(artifact, config, programs or warm_programs(artifact))
+    if predict:
+        _table(artifact)  # that there is none is said before the load is sent
     figures = summarise_times(trace, run_load(engine, trace, max_concurrency=max_concurrency, seed=seed), goodput)
     record = {
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y%m%d-%H%M%S"),
@@ -57,11 +61,11 @@ def run_serve(
         **figures,
     }
     if predict:
-        predicted = predict_serve(artifact, trace, config, engine=engine, goodput=goodput)
-        record["predicted"] = predicted
-        record["predicted_over_measured"] = {
-            name: predicted[name] / figures[name] for name in COMPARED if figures[name]
-        }
+        record["slowdown"] = dataclasses.asdict(engine.slowdown)
+        for name, by in {"predicted": engine.slowdown, "predicted_as_calibrated": Slowdown()}.items():
+            found = summarise_times(trace, _simulated(artifact, trace, config, engine, by), goodput)
+            record[name] = found
+            record[f"{name}_over_measured"] = {key: found[key] / figures[key] for key in COMPARED if figures[key]}
     return record
 
 
@@ -78,12 +82,23 @@ def predict_serve(
     Raises:
         ConfigError: the artifact has no cost table.
     """
+    return summarise_times(trace, _simulated(artifact, trace, config, engine, Slowdown()), goodput)
+
+
+def _simulated(
+    artifact: Artifact, trace: Sequence[TraceRequest], config: EngineConfig, engine: ScriptedEngine, by: Slowdown
+) -> list[RequestTimes]:
+    """On a machine so much slower than the calibrated one; the policies know, as in service, the table as it is."""
+    table = _table(artifact)
+    policies = build_policies(config, engine.max_num_seqs, table)
+    return simulate(trace, table.scaled(by), engine.limits, engine.pool.num_blocks - 1, policies)
+
+
+def _table(artifact: Artifact) -> CostTable:
     table = artifact.cost_table()
     if table is None:
         raise ConfigError("the artifact has no cost table to predict with; run multibatch calibrate on it first")
-    policies = build_policies(config, engine.max_num_seqs, table)
-    times = simulate(trace, table, engine.limits, engine.pool.num_blocks - 1, policies)
-    return summarise_times(trace, times, goodput)
+    return table
 
 
 def warm_programs(artifact: Artifact) -> LoadedPrograms:

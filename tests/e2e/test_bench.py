@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 
 from multibatch.artifact import Artifact
-from multibatch.cost_table import CostRow, CostTable
+from multibatch.bench import seeds
+from multibatch.cost_table import CostRow, CostTable, Slowdown
+from multibatch.publish import store_cost_table
+from multibatch.trace import RequestTimes, TraceRequest
 
 VARIANTS = {"ladder", "nearest", "pad_to_max", "batch_1", "eager", "transformers_generate"}
 
@@ -108,6 +111,19 @@ def test_latency_and_throughput_have_vllms_fields(demo_artifact: Path, tmp_path:
     assert record["tokens_per_second"] * record["elapsed_time"] == pytest.approx(120)
 
 
+def test_a_prediction_follows_a_machine_that_has_changed_its_speed(calibrated: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "slow"
+    shutil.copytree(calibrated, folder)
+    table = Artifact.open(calibrated).cost_table()
+    assert table is not None
+    store_cost_table(folder, table.scaled(Slowdown(1000.0, 1000.0)))
+    record = run("bench", "serve", folder, "--num-prompts", 12, "--input-len", 12, "--output-len", 6, "--predict")
+    assert max(record["slowdown"].values()) < 0.05
+    for name in ("mean_ttft_ms", "mean_tpot_ms"):
+        assert record["predicted_as_calibrated_over_measured"][name] > 50
+        assert record["predicted_over_measured"][name] < 20
+
+
 def test_serve_sends_a_load_and_predicts_it(calibrated: Path, tmp_path: Path) -> None:
     load = ["--num-prompts", 20, "--request-rate", 200, "--input-len", 12, "--output-len", 6, "--lengths", "uniform"]
     goodput = ["--goodput", "ttft:60000", "--goodput", "tpot:60000"]
@@ -116,12 +132,31 @@ def test_serve_sends_a_load_and_predicts_it(calibrated: Path, tmp_path: Path) ->
     assert record["request_goodput"] == pytest.approx(record["request_throughput"])
     assert record["predicted"]["total_output_tokens"] == record["total_output_tokens"]
     assert set(record["predicted_over_measured"]) == {"output_throughput", "mean_ttft_ms", "mean_tpot_ms"}
+    assert set(record["slowdown"]) == {"decode", "prompts"}
     for metric in ("ttft", "tpot", "itl", "e2el"):
         assert 0 < record[f"median_{metric}_ms"] <= record[f"p99_{metric}_ms"]
     trace = tmp_path / "trace.jsonl"
     trace.write_text('{"timestamp": 0, "input_length": 5, "output_length": 3}\n' * 4)
     record = run("bench", "serve", calibrated, "--trace", trace, "--slo-limits-for-dynamic-batch", 1000)
     assert (record["total_input_tokens"], record["total_output_tokens"]) == (20, 12)
+
+
+def test_fixed_groups_begin_when_they_are_complete_and_the_machine_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    trace = [TraceRequest(timestamp=at, input_length=8, output_length=2) for at in (0.0, 0.5, 7.0, 7.5)]
+
+    def three_seconds_each(engine: object, group: list[TraceRequest]) -> list[RequestTimes]:
+        assert [request.timestamp for request in group] == [0.0] * len(group)
+        return [RequestTimes(0.0, [1.0, 3.0], 0.25) for _ in group]
+
+    monkeypatch.setattr(seeds, "run_load", three_seconds_each)
+    alone = seeds._run_groups(None, trace, 1)  # type: ignore[arg-type]
+    assert [times.tokens[-1] for times in alone] == [3.0, 6.0, 10.0, 13.0]
+    pairs = seeds._run_groups(None, trace, 2)  # type: ignore[arg-type]
+    assert [times.tokens[-1] for times in pairs] == [3.5, 3.5, 10.5, 10.5]
+    row = seeds._row("static", 2, pairs)
+    assert row["latency_ms"] == pytest.approx(1000 * (3.5 + 3.0 + 3.5 + 3.0) / 4)
+    assert row["ttft_ms"] == pytest.approx(row["latency_ms"] - 2000)
+    assert row["prefill_ms"] == pytest.approx(750)
 
 
 def test_seeds_compare_schedulers_and_draw_them(demo_artifact: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from multibatch.cost_table import CostRow, CostTable
+from multibatch.cost_table import CostRow, CostTable, Slowdown
 from multibatch.errors import ConfigError
 
 
@@ -105,3 +105,34 @@ def test_a_table_in_an_artifact_is_checked(eager_artifact: Any, tmp_path: Any) -
     file.write_text(file.read_text().replace("1.0", "2.0"))
     with pytest.raises(ArtifactCorruptError, match=r"cost_table.csv"):
         Artifact.open(folder).cost_table()
+
+
+def test_a_scaled_table_tells_steps_with_prompts_from_those_without() -> None:
+    rows = [CostRow(128, 1, 0, 10.0), CostRow(128, 1, 64, 40.0), CostRow(128, 0, 64, 30.0)]
+    scaled = CostTable(rows).scaled(Slowdown(decode=2.0, prompts=0.5))
+    assert [(row.d_num, row.chunk_size, row.cost) for row in scaled.rows] == [
+        (0, 64, 15.0),
+        (1, 0, 20.0),
+        (1, 64, 20.0),
+    ]
+
+
+@given(st.lists(st.floats(1.0, 100.0), min_size=18, max_size=18))
+def test_a_monotone_table_never_falls_and_leaves_alone_what_did_not(costs: list[float]) -> None:
+    grid = [(ctx, d, chunk) for ctx in (128, 512) for d in (1, 2, 4) for chunk in (0, 16, 32)]
+    rows = [CostRow(*point, cost) for point, cost in zip(grid, costs, strict=True)]
+    once = CostTable([*rows, CostRow(128, 0, 16, 3.0)]).monotone()
+    for small in once.rows:
+        for large in once.rows:
+            if small.is_within(large):
+                assert small.cost <= large.cost
+    assert min(costs + [3.0]) <= once.rows[0].cost <= once.rows[-1].cost <= max(costs + [3.0])
+    for before, after in zip(once.rows, once.monotone().rows, strict=True):
+        assert after.cost == pytest.approx(before.cost)
+
+
+def test_a_step_of_prompts_alone_is_within_steps_of_any_context() -> None:
+    alone, mixed = CostRow(128, 0, 16, 50.0), CostRow(64, 1, 16, 30.0)
+    assert alone.is_within(mixed)
+    assert not mixed.is_within(alone)
+    assert {row.cost for row in CostTable([alone, mixed]).monotone().rows} == {40.0}
