@@ -8,7 +8,7 @@ packed once, and every program of a ladder shares both. What an operator compute
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -185,6 +185,17 @@ def load_operators(path: Path, sha256: str, loaded: dict[str, Path]) -> None:
 
 # PyTorch's operator table is one per process, so the record of what is in it must be too.
 PROCESS_OPERATORS: dict[str, Path] = {}
+
+
+def implement_paged_attention(function: Callable[..., torch.Tensor], dispatch_key: str) -> None:
+    """Gives `multibatch::paged_attention` its code on one kind of device; the first one stays, as PyTorch has it.
+
+    Args:
+        function: takes what the operator takes.
+        dispatch_key: "CUDA", or another name that PyTorch's dispatcher has for a device.
+    """
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("multibatch::paged_attention", dispatch_key):
+        _LIBRARY.impl("paged_attention", function, dispatch_key)
 
 
 def chunk_maxima(scores: torch.Tensor, chunk: int) -> torch.Tensor:
