@@ -1,0 +1,264 @@
+"""Decoders captured as graphs: which size is captured, when, and what happens where it cannot be.
+
+Wraps the programs of a backend. A graph replays one decoder on buffers of its own, so a step costs one launch instead of one
+per kernel. Everything that touches a device goes through `GraphDevice`; `cuda_device.py` is the one for CUDA.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+
+from multibatch.backends.base import LoadedPrograms
+from multibatch.batch import ProgramInputs, decode_inputs
+from multibatch.errors import ConfigError
+from multibatch.kv.pool import KVPool
+from multibatch.manifest import decoder_name
+
+CaptureMode = Literal["eager", "lazy"]
+CaptureState = Literal["pending", "captured", "out_of_memory", "dropped"]
+
+
+class Graph(Protocol):
+    """Work that was captured once and can be repeated."""
+
+    def replay(self) -> None:
+        """Repeats it on the same memory, behind what the current stream holds already."""
+        ...
+
+
+class GraphDevice(Protocol):
+    """What capturing needs of a device."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the programs' tensors live."""
+        ...
+
+    def new_pool(self) -> Any:
+        """Memory that several graphs share, as no two of them run at once."""
+        ...
+
+    def capture(self, call: Callable[[], torch.Tensor], pool: Any) -> tuple[Graph, torch.Tensor]:
+        """Runs `call` until it is warm, captures it, and returns the graph and the tensor that each replay fills.
+
+        Raises:
+            torch.OutOfMemoryError: there is too little memory; nothing of the capture is left but unused memory.
+        """
+        ...
+
+    def free_memory(self) -> int:
+        """Bytes that nobody has taken, once all work is done."""
+        ...
+
+    def release(self) -> None:
+        """Gives back memory that no tensor and no graph uses."""
+        ...
+
+
+@dataclass(slots=True)
+class CapturedSize:
+    """What became of one decode batch size, and what it did since."""
+
+    batch_size: int
+    state: CaptureState = "pending"
+    num_bytes: int = 0
+    """Free memory that the capture took, its static inputs included."""
+    seconds: float = 0.0
+    """Wall time of the capture, warm-up included."""
+    num_replays: int = 0
+    num_uncaptured: int = 0
+    """Calls that ran the program itself: before its capture, after it was dropped, without memory, or on another pool."""
+
+
+class StaticInputs:
+    """The memory that a graph reads its inputs from; one copy per dtype fills it."""
+
+    def __init__(self, example: ProgramInputs, device: torch.device) -> None:
+        """Holds the values of `example` first."""
+        self._flat = {kind: flat.to(device, copy=True) for kind, flat in _flattened(example).items()}
+        views, starts = [], dict.fromkeys(self._flat, 0)
+        for tensor in example.tensors():
+            start = starts[tensor.dtype]
+            starts[tensor.dtype] = start + tensor.numel()
+            views.append(self._flat[tensor.dtype][start : start + tensor.numel()].view(tensor.shape))
+        self.inputs = ProgramInputs(*views)
+
+    def fill(self, inputs: ProgramInputs) -> None:
+        """Takes the values of inputs of the same shapes."""
+        assert [x.shape for x in inputs.tensors()] == [x.shape for x in self.inputs.tensors()]
+        for kind, flat in _flattened(inputs).items():
+            self._flat[kind].copy_(flat)
+
+
+def _flattened(inputs: ProgramInputs) -> dict[torch.dtype, torch.Tensor]:
+    parts: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in inputs.tensors():
+        parts.setdefault(tensor.dtype, []).append(tensor.flatten())
+    return {kind: torch.cat(tensors) for kind, tensors in parts.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _CapturedDecoder:
+    graph: Graph
+    static: StaticInputs
+    logits: torch.Tensor
+
+
+class CapturedPrograms:
+    """`LoadedPrograms` whose decoders are replayed where they are captured; prefill and step programs run as they are.
+
+    Sizes are captured largest first, so that smaller ones find room in what the largest took. A size that cannot be
+    captured runs its program, more slowly: a warning names it, and `sizes` counts such calls. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        programs: LoadedPrograms,
+        device: GraphDevice,
+        sizes: Iterable[int],
+        *,
+        max_blocks: int,
+        block_size: int,
+        capture: CaptureMode = "eager",
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        """Captures nothing yet: `bind` does, once the pool exists.
+
+        Args:
+            programs: holding the decoder of every size.
+            device: where to capture.
+            sizes: decode batch sizes.
+            max_blocks: columns of the block tables, M.
+            block_size: of the pool.
+            capture: "eager": all sizes in `bind`. "lazy": a size's first call runs its program, its second captures it.
+            clock: seconds.
+
+        Raises:
+            ConfigError: another `capture`.
+        """
+        if capture not in get_args(CaptureMode):
+            raise ConfigError(f"capture is {capture!r}; allowed: {', '.join(get_args(CaptureMode))}")
+        self.chunk_maxima, self.first_maxima = programs.chunk_maxima, programs.first_maxima
+        self.own_threads = programs.own_threads
+        self._programs, self._device, self._clock = programs, device, clock
+        self._max_blocks, self._block_size, self._capture_mode = max_blocks, block_size, capture
+        self._records = {size: CapturedSize(size) for size in sorted(sizes, reverse=True)}
+        self._sizes = {decoder_name(size): size for size in self._records}
+        self._captured: dict[int, _CapturedDecoder] = {}
+        self._kv: KVPool | None = None
+        self._graph_pool: Any = None
+
+    @property
+    def sizes(self) -> tuple[CapturedSize, ...]:
+        """A record per size, the largest first; it goes on changing."""
+        return tuple(self._records[size] for size in sorted(self._records, reverse=True))
+
+    @property
+    def num_bytes(self) -> int:
+        """Free memory that all captures took that are held now."""
+        return sum(self._records[size].num_bytes for size in self._captured)
+
+    def bind(self, pool: KVPool) -> None:
+        """Captures for this pool, whose addresses the graphs will hold. What was captured for another is released.
+
+        To know what graphs take before the pool is sized, bind one of two blocks first, read `num_bytes`, and bind again.
+        """
+        self._captured.clear()
+        self._device.release()
+        self._kv = pool
+        for record in self.sizes:
+            if record.state != "dropped":
+                record.state = "pending"
+                if self._capture_mode == "eager":
+                    self._capture(record)
+
+    def add(self, size: int) -> CapturedSize:
+        """Captures one size more, or one that was dropped or had no memory; lazily, when it is used.
+
+        Raises:
+            ConfigError: it is captured already, or about to be.
+        """
+        record = self._records.get(size) or CapturedSize(size)
+        if size in self._records and record.state in ("captured", "pending"):
+            raise ConfigError(f"decode batch size {size} is {record.state} already; nothing to add")
+        record.state = "pending"
+        self._records[size], self._sizes[decoder_name(size)] = record, size
+        if self._capture_mode == "eager" and self._kv is not None:
+            self._capture(record)
+        return record
+
+    def drop(self, size: int) -> None:
+        """Releases a size's graph; its program goes on answering.
+
+        Raises:
+            ConfigError: there is no such size.
+        """
+        if size not in self._records:
+            known = ", ".join(str(record.batch_size) for record in self.sizes)
+            raise ConfigError(f"decode batch size {size} is not there to be dropped; allowed: {known}")
+        self._records[size].state = "dropped"
+        self._captured.pop(size, None)
+        self._device.release()
+
+    def capture_next(self) -> CapturedSize | None:
+        """Captures one pending size, for idle time: one that was used before one that was not, then the largest."""
+        pending = [record for record in self.sizes if record.state == "pending"]
+        if not pending or self._kv is None:
+            return None
+        record = max(pending, key=lambda r: (r.num_uncaptured > 0, r.batch_size))
+        self._capture(record)
+        return record
+
+    def run(self, program: str, inputs: ProgramInputs, pool: KVPool) -> torch.Tensor:
+        """See `base.LoadedPrograms.run`. The inputs may be on the host; the logits are on the device, the caller's own."""
+        size = self._sizes.get(program)
+        if size is None:
+            return self._programs.run(program, self._moved(inputs), pool)
+        record = self._records[size]
+        if record.state == "pending" and record.num_uncaptured and pool is self._kv:
+            self._capture(record)
+        captured = self._captured.get(size)
+        if captured is None or pool is not self._kv:
+            record.num_uncaptured += 1
+            return self._programs.run(program, self._moved(inputs), pool)
+        captured.static.fill(inputs)
+        captured.graph.replay()
+        record.num_replays += 1
+        # A step may replay one size twice, and the next step replays it again.
+        return captured.logits.clone()
+
+    def _capture(self, record: CapturedSize) -> None:
+        size, pool = record.batch_size, self._kv
+        assert pool is not None
+        if not self._captured:
+            # PyTorch takes a pool's memory back with its last graph, and the pool cannot be used again then.
+            self._graph_pool = self._device.new_pool()
+        free, start = self._device.free_memory(), self._clock()
+        try:
+            # Rows of padding: the warm-up writes to the scratch block and to nothing that a sequence holds.
+            padding = decode_inputs((), size, self._max_blocks, self._block_size)
+            static = StaticInputs(padding, self._device.device)
+            graph, logits = self._device.capture(
+                lambda: self._programs.run(decoder_name(size), static.inputs, pool), self._graph_pool
+            )
+        except torch.OutOfMemoryError:
+            self._device.release()
+            record.state = "out_of_memory"
+            warnings.warn(
+                f"decode batch size {size} is not captured: out of memory with {free} bytes free. It runs uncaptured and"
+                " more slowly; give the KV pool less memory (gpu_memory_utilization), or compile fewer sizes",
+                stacklevel=3,
+            )
+            return
+        record.state, record.seconds = "captured", self._clock() - start
+        record.num_bytes = max(0, free - self._device.free_memory())
+        self._captured[size] = _CapturedDecoder(graph, static, logits)
+
+    def _moved(self, inputs: ProgramInputs) -> ProgramInputs:
+        return ProgramInputs(*(tensor.to(self._device.device) for tensor in inputs.tensors()))
