@@ -1,6 +1,6 @@
-"""CUDA itself, behind `cudagraph.GraphDevice`: the only file that captures with `torch.cuda`.
+"""CUDA itself: the only file of the runtime that asks `torch.cuda` anything.
 
-Its calls need a GPU; benchmarks/gpu_check.py and tests/gpu/ make them where there is one.
+What it gives is behind `cudagraph.GraphDevice` and `cuda_host.CudaFacts`, so that all else is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+
+from multibatch.cuda_host import CudaFacts, Gpu
 
 _WARM_UPS = 2
 """Calls before a capture: the first compiles kernels and allocates workspaces, which a capture must not do."""
@@ -57,3 +59,24 @@ class CudaDevice:
         gc.collect()
         torch.cuda.synchronize(self.device)
         torch.cuda.empty_cache()
+
+
+def read_cuda_facts() -> CudaFacts:
+    """What this process has of CUDA; raises nothing where it has none."""
+    has_cuda = torch.version.cuda is not None
+    # As cudaDriverGetVersion gives it: 12080 for 12.8, 0 without a driver. A torch without CUDA has no such call.
+    driver: int = torch._C._cuda_getDriverVersion() if has_cuda else 0  # type: ignore[attr-defined]
+    gpus: tuple[Gpu, ...] = ()
+    if has_cuda and torch.cuda.is_available():
+        indices = range(torch.cuda.device_count())
+        gpus = tuple(Gpu(torch.cuda.get_device_name(i), _dotted(torch.cuda.get_device_capability(i))) for i in indices)
+    return CudaFacts(
+        torch_version=torch.__version__,
+        torch_cuda=torch.version.cuda,
+        driver_cuda=_dotted((driver // 1000, driver % 1000 // 10)) if driver else None,
+        gpus=gpus,
+    )
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
