@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import gpu_decode
 from multibatch.artifact import Artifact
 from multibatch.backends.cudagraph import CapturedPrograms
 from multibatch.backends.eager import EagerPrograms
+from multibatch.backends.flat_model import COMPILED_ATTENTION, FlatDecoder
 from multibatch.batch import DecodeRow, ProgramInputs, decode_inputs, prefill_inputs
 from multibatch.config import EngineConfig
 from multibatch.engine import Engine
@@ -242,6 +244,19 @@ def test_what_cannot_be_added_or_dropped_is_refused_by_name() -> None:
         bench.programs.drop(5)
     with pytest.raises(ConfigError, match="capture is 'sometimes'; allowed: eager, lazy"):
         Bench(capture="sometimes")
+
+
+@pytest.mark.parametrize("name", [*gpu_decode.ARCHITECTURES, "Qwen2"])
+def test_a_models_decode_step_waits_for_no_value(name: str) -> None:
+    # Tensors without values: whatever the host asked of one would fail here, as it would in a capture.
+    meta = torch.device("meta")
+    model = gpu_decode.random_model(
+        name, gpu_decode.TINY | gpu_decode.ARCHITECTURES.get(name, {}), torch.bfloat16, meta
+    )
+    pool = KVPool.allocate(gpu_decode.layout_of(model.config), 8, torch.bfloat16, "meta")
+    inputs = gpu_decode.on_device(decode([5, 6], 4), meta)
+    logits = EagerPrograms(FlatDecoder(model, COMPILED_ATTENTION)).run("", inputs, pool)
+    assert logits.shape == (4, gpu_decode.TINY["vocab_size"])
 
 
 @pytest.mark.parametrize("capture", ["eager", "lazy"])

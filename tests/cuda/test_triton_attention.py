@@ -13,8 +13,8 @@ import torch
 
 triton = pytest.importorskip("triton", reason="no Triton for this machine")
 
+from benchmarks.attention_cases import SCALE, Shape  # noqa: E402
 from multibatch import triton_attention  # noqa: E402
-from tests.cuda.attention_cases import SCALE, Shape  # noqa: E402
 
 SHARED_MEMORY_BYTES = 99 * 1024
 """What a block of threads may have on compute capability 8.6 and 8.9, the least of those from 8.0 on."""
