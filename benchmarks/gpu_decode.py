@@ -27,6 +27,8 @@ from multibatch.sampling_params import SamplingParams
 from multibatch.scheduled_step import PrefillChunk
 
 BLOCK_SIZE = 32
+TOLERANCE = 0.02
+"""Largest difference of a logit between a captured and an uncaptured step, relative to the largest logit."""
 TINY: dict[str, Any] = {
     "vocab_size": 160,
     "hidden_size": 64,
@@ -165,11 +167,13 @@ def measure_decode(
     weight_bytes = sum(x.numel() * x.element_size() for x in model.parameters())
     per_position = kv.bytes_per_block("bfloat16") // BLOCK_SIZE
     steps: dict[str, Any] = {}
+    is_right = True
     for size in sizes:
         rows = [DecodeRow(3 + r, context - 1, range(1 + r * each, 1 + (r + 1) * each)) for r in range(size)]
         inputs, name = decode_inputs(rows, size, max_blocks, BLOCK_SIZE), decoder_name(size)
         expected = programs.run(name, on_device(inputs, machine.device), pool)
         difference = float((captured.run(name, inputs, pool).float() - expected.float()).abs().max())
+        is_right = is_right and difference <= TOLERANCE * float(expected.float().abs().max())
         limit_ms = (weight_bytes + size * context * per_position) / bandwidth_gbps / 1e6
         ms = 1000 * machine.seconds(lambda: captured.run(name, inputs, pool))  # noqa: B023  called at once
         uncaptured_ms = 1000 * machine.seconds(
@@ -184,7 +188,6 @@ def measure_decode(
             "largest_difference": difference,
         }
     records = [dataclasses.asdict(record) for record in captured.sizes]
-    is_right = all(step["largest_difference"] == 0 for step in steps.values())
     is_captured = all(record["state"] == "captured" and record["num_replays"] for record in records)
     return {"ok": is_right and is_captured, "steps": steps, "sizes": records, "memory": memory}
 

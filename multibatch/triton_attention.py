@@ -26,6 +26,8 @@ _DECODE_TILE = 16
 """Queries of a decode tile at least, one per head; `tl.dot` takes no fewer."""
 _PREFILL_TILE = 64
 """Queries of a prefill tile at least, one per head and token."""
+_LEAST_ROWS = 64
+"""Rows that a kernel is compiled for at least: decoders of fewer share it."""
 _SPANS_AT_ONCE = 16
 """Spans that the merge loads together."""
 
@@ -96,7 +98,8 @@ def paged_attention(
     if is_split:
         parts = out.new_empty((num_tokens, num_heads, num_spans, value_dim), dtype=torch.float32)
         maxima, sums = out.new_empty((2, num_tokens, num_heads, num_spans), dtype=torch.float32)
-    rows = {"ROWS_PADDED": triton.next_power_of_2(num_rows), "WINDOW": sliding_window, "SINKS": sinks is not None}
+    rows_padded = max(_LEAST_ROWS, triton.next_power_of_2(num_rows))
+    rows = {"ROWS_PADDED": rows_padded, "WINDOW": sliding_window, "SINKS": sinks is not None}
     attend_kernel[(num_tiles, num_kv_heads, num_spans)](
         query, key_pool, value_pool, cu_seqlens, block_tables, seq_lens, sinks, parts, maxima, sums,
         num_tokens, num_rows, num_spans, scale, block_tables.stride(0), query.stride(1), query.stride(2),

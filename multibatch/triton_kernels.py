@@ -1,7 +1,7 @@
 """Triton kernels of paged attention; `triton_attention.py` launches them and says what each is for.
 
 Sizes in capitals are fixed when a kernel is compiled; a size that ends in _PADDED is the next power of two, which Triton's
-ranges need. Importing this file imports Triton, which decides then whether its interpreter runs the kernels.
+ranges need. Numbers of tokens and rows are not fixed, so that the decoders of a ladder share their kernels. Importing this file imports Triton, which decides then whether its interpreter runs the kernels.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def scores_of(  # type: ignore[no-untyped-def]
     return tl.where(visible, scores, float("-inf"))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def attend_kernel(  # type: ignore[no-untyped-def]
     query, key_pool, value_pool, cu_seqlens, block_tables, seq_lens, sinks, out, maxima, sums,
     num_tokens, num_rows, num_spans, scale, table_row, query_head, query_token,
@@ -151,7 +151,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     tl.store(out + place[:, None] * DV + dv[None, :], mixed.to(out.dtype.element_ty), mask=is_out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def merge_kernel(  # type: ignore[no-untyped-def]
     parts, maxima, sums, cu_seqlens, seq_lens, sinks, out, num_rows, num_spans,
     HEADS: tl.constexpr, ROWS_PADDED: tl.constexpr, SPAN: tl.constexpr, SPANS_AT_ONCE: tl.constexpr,

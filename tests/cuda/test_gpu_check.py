@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from multibatch.cuda_host import CudaFacts, Gpu
 ROOT = Path(__file__).parents[2]
 
 
-def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, *arguments],
+        [sys.executable, "-c", code],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'compile'}", **environment},
         capture_output=True,
@@ -36,7 +37,7 @@ def test_without_cuda_it_says_so_and_ends_with_2() -> None:
     # A bare machine has torch and transformers, and not what else multibatch depends on.
     absent = ["click", "jinja2", "llguidance", "prometheus_client", "rich"]
     code = f"import sys; sys.modules.update(dict.fromkeys({absent})); from benchmarks.gpu_check import main; sys.exit(main([]))"
-    done = run("-c", code, CUDA_VISIBLE_DEVICES="")
+    done = run(code, CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(f"no CUDA here: torch {torch.__version__} is built ")
     assert done.stdout == ""
@@ -46,7 +47,7 @@ def test_the_parts_need_no_more_than_torch_and_transformers() -> None:
     pytest.importorskip("triton", reason="no Triton for this machine")
     absent = ["click", "jinja2", "llguidance", "prometheus_client", "rich"]
     names = "gpu_attention, gpu_decode, gpu_machine"
-    done = run("-c", f"import sys; sys.modules.update(dict.fromkeys({absent})); from benchmarks import {names}")
+    done = run(f"import sys; sys.modules.update(dict.fromkeys({absent})); from benchmarks import {names}")
     assert done.returncode == 0, done.stderr
 
 
@@ -57,12 +58,8 @@ def test_wrong_arguments_are_refused(arguments: list[str], capsys: pytest.Captur
     assert "usage: python -m benchmarks.gpu_check" in capsys.readouterr().err
 
 
-def test_its_code_works_over_a_pretended_device() -> None:
-    pytest.importorskip("triton", reason="no Triton for this machine")
-    file = "tests/cuda/interpreted_gpu_check.py"
-    done = run("-m", "pytest", "-q", "-p", "no:cacheprovider", file, TRITON_INTERPRET="1")
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+def test_its_code_works_over_a_pretended_device(run_interpreted: Callable[[str], None]) -> None:
+    run_interpreted("tests/cuda/interpreted_gpu_check.py")
 
 
 def test_a_part_that_fails_is_reported_and_the_next_one_runs() -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +18,8 @@ SHARED_MEMORY_BYTES = 99 * 1024
 """What a block of threads may have on compute capability 8.6 and 8.9, the least of those from 8.0 on."""
 
 
-def test_the_kernels_are_right_in_the_interpreter() -> None:
-    # Triton decides at its import whether it interprets, and other tests of this process may have imported it.
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cuda/interpreted_attention.py"],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+def test_the_kernels_are_right_in_the_interpreter(run_interpreted: Callable[[str], None]) -> None:
+    run_interpreted("tests/cuda/interpreted_attention.py")
 
 
 class RecordedKernel:
@@ -103,6 +91,15 @@ def test_launches_follow_from_shapes_alone(recorded: dict[str, RecordedKernel]) 
     sizes = ("SPAN_BLOCKS", "TOKENS", "M", "SPLIT")
     four, one = ({name: recorded["attend_kernel"].launches[i][1][name] for name in sizes} for i in (0, 2))
     assert four == one == {"SPAN_BLOCKS": 8, "TOKENS": 1, "M": 16, "SPLIT": True}
+    assert compiled_for(recorded["attend_kernel"], 0) == compiled_for(recorded["attend_kernel"], 2)
+    assert compiled_for(recorded["merge_kernel"], 0) == compiled_for(recorded["merge_kernel"], 1)
+
+
+def compiled_for(kernel: RecordedKernel, index: int) -> dict[str, Any]:
+    """What a launch's kernel depends on, besides the types of its tensors."""
+    arguments = kernel.launches[index][1]
+    names = {p.name for p in kernel.kernel.params if not p.do_not_specialize}
+    return {name: x for name, x in arguments.items() if name in names and not isinstance(x, torch.Tensor)}
 
 
 def compiled(kernel: Any, arguments: dict[str, Any], capability: int) -> Any:
@@ -114,17 +111,18 @@ def compiled(kernel: Any, arguments: dict[str, Any], capability: int) -> Any:
     kinds = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
     kinds |= {torch.int32: "i32", torch.int64: "i64"}
     fixed = {p.name for p in kernel.params if p.is_constexpr}
+    plain = {p.name for p in kernel.params if p.do_not_specialize}
     signature, constants, attributes = {}, {}, {}
     for index, name in enumerate(kernel.arg_names):
         value = arguments[name]
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + kinds[value.dtype]
             attributes[(index,)] = [["tt.divisibility", 16]]
-        elif name in fixed or value is None or value == 1:
+        elif name in fixed or value is None or (value == 1 and name not in plain):
             signature[name], constants[name] = "constexpr", value
         else:
             signature[name] = "fp32" if isinstance(value, float) else "i32"
-            if isinstance(value, int) and value % 16 == 0:
+            if isinstance(value, int) and value % 16 == 0 and name not in plain:
                 attributes[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     options = {"enable_fp_fusion": arguments["enable_fp_fusion"]}
