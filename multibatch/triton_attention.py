@@ -12,7 +12,7 @@ without a GPU: see docs/cuda.md.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -73,50 +73,75 @@ def paged_attention(
     query, key, value = (x if x.stride(3) == 1 else x.contiguous() for x in (query, key, value))
     num_heads, num_tokens, num_rows = query.shape[1], query.shape[2], seq_lens.shape[0]
     num_kv_heads, dim, block_size, value_dim = *key_pool.shape[1:], value_pool.shape[3]
-    shared: dict[str, Any] = {
-        "BLOCK_SIZE": block_size,
-        "D": dim,
-        "D_PADDED": max(16, triton.next_power_of_2(dim)),
-        "DV": value_dim,
-        "DV_PADDED": max(16, triton.next_power_of_2(value_dim)),
-        "KV_HEADS": num_kv_heads,
+    group = num_heads // num_kv_heads
+    tiling = tiling_of(num_tokens, num_rows, group, block_size, block_tables.shape[1])
+    # Multiply-add is said here, because Triton's own choice differs between its versions.
+    values = {"DV": value_dim, "DV_PADDED": _padded(value_dim), "enable_fp_fusion": True}
+    sizes = {"KV_HEADS": num_kv_heads, "BLOCK_SIZE": block_size, "D": dim, "D_PADDED": _padded(dim), **values}
+    rows = {
+        "ROWS_PADDED": max(_LEAST_ROWS, triton.next_power_of_2(num_rows)),
+        "WINDOW": sliding_window,
+        "SINKS": sinks is not None,
     }
     write_kernel[(num_tokens, num_kv_heads)](
         key, value, key_pool, value_pool, slot_mapping,
-        key.stride(1), key.stride(2), value.stride(1), value.stride(2), enable_fp_fusion=True, **shared,
+        key.stride(1), key.stride(2), value.stride(1), value.stride(2), **sizes,
     )  # fmt: skip
     out = query.new_empty((1, num_tokens, num_heads, value_dim))
-    is_decode = num_tokens == num_rows
-    span_blocks = max(1, SPAN // block_size)
-    num_spans = -(-block_tables.shape[1] // span_blocks) if is_decode else 1
-    is_split = num_spans > 1
-    group = num_heads // num_kv_heads
-    tile = max(_DECODE_TILE if is_decode else _PREFILL_TILE, triton.next_power_of_2(group))
-    tokens = 1 if is_decode else tile // group
-    num_tiles = num_tokens // tokens + (num_rows if tokens > 1 else 0)
     parts, maxima, sums = out, out, out
-    if is_split:
-        parts = out.new_empty((num_tokens, num_heads, num_spans, value_dim), dtype=torch.float32)
-        maxima, sums = out.new_empty((2, num_tokens, num_heads, num_spans), dtype=torch.float32)
-    rows_padded = max(_LEAST_ROWS, triton.next_power_of_2(num_rows))
-    rows = {"ROWS_PADDED": rows_padded, "WINDOW": sliding_window, "SINKS": sinks is not None}
-    attend_kernel[(num_tiles, num_kv_heads, num_spans)](
+    if tiling.is_split:
+        parts = out.new_empty((num_tokens, num_heads, tiling.num_spans, value_dim), dtype=torch.float32)
+        maxima, sums = out.new_empty((2, num_tokens, num_heads, tiling.num_spans), dtype=torch.float32)
+    attend_kernel[(tiling.num_tiles, num_kv_heads, tiling.num_spans)](
         query, key_pool, value_pool, cu_seqlens, block_tables, seq_lens, sinks, parts, maxima, sums,
-        num_tokens, num_rows, num_spans, scale, block_tables.stride(0), query.stride(1), query.stride(2),
-        GROUP=group, TOKENS=tokens, M=tile, BLOCK_PADDED=max(16, triton.next_power_of_2(block_size)),
-        SPAN_BLOCKS=span_blocks, SOFTCAP=softcap, SPLIT=is_split,
+        num_tokens, num_rows, tiling.num_spans, scale, block_tables.stride(0), query.stride(1), query.stride(2),
+        GROUP=group, TOKENS=tiling.tokens, M=tiling.queries, BLOCK_PADDED=_padded(block_size),
+        SPAN_BLOCKS=tiling.span_blocks, SOFTCAP=softcap, SPLIT=tiling.is_split,
         # The interpreter, which runs on a CPU, cannot multiply bfloat16.
-        WIDEN=query.device.type == "cpu" and query.dtype == torch.bfloat16,
-        # Said here, because Triton's own choice differs between its versions.
-        enable_fp_fusion=True, **rows, **shared,
+        WIDEN=query.device.type == "cpu" and query.dtype == torch.bfloat16, **rows, **sizes,
     )  # fmt: skip
-    if is_split:
+    if tiling.is_split:
         merge_kernel[(num_tokens, num_heads)](
-            parts, maxima, sums, cu_seqlens, seq_lens, sinks, out, num_rows, num_spans,
-            HEADS=num_heads, SPAN=span_blocks * block_size, SPANS_AT_ONCE=_SPANS_AT_ONCE,
-            DV=value_dim, DV_PADDED=shared["DV_PADDED"], enable_fp_fusion=True, **rows,
+            parts, maxima, sums, cu_seqlens, seq_lens, sinks, out, num_rows, tiling.num_spans,
+            HEADS=num_heads, SPAN=tiling.span_blocks * block_size, SPANS_AT_ONCE=_SPANS_AT_ONCE, **rows, **values,
         )  # fmt: skip
     return out
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a call is cut into programs, for every KV head alike."""
+
+    tokens: int
+    """Of one row, in a tile at most."""
+    queries: int
+    """Rows of a tile's matrices: every query head of the KV head for each of its tokens, and padding."""
+    num_tiles: int
+    span_blocks: int
+    """Blocks that a program reads of a row that is split."""
+    num_spans: int
+
+    @property
+    def is_split(self) -> bool:
+        """Whether several programs share a row, so that their results have to be merged."""
+        return self.num_spans > 1
+
+
+def tiling_of(num_tokens: int, num_rows: int, group: int, block_size: int, max_blocks: int) -> Tiling:
+    """The tiles of T tokens in R rows, `group` query heads per KV head, block tables of M columns."""
+    is_decode = num_tokens == num_rows
+    span_blocks = max(1, SPAN // block_size)
+    queries = max(_DECODE_TILE if is_decode else _PREFILL_TILE, triton.next_power_of_2(group))
+    tokens = 1 if is_decode else queries // group
+    # Each row may need a tile more than its share; `triton_kernels.row_of` has them find their row.
+    num_tiles = num_tokens // tokens + (num_rows if tokens > 1 else 0)
+    return Tiling(tokens, queries, num_tiles, span_blocks, -(-max_blocks // span_blocks) if is_decode else 1)
+
+
+def _padded(size: int) -> int:
+    """The next power of two, and no less than `tl.dot` takes."""
+    power: int = triton.next_power_of_2(size)
+    return max(16, power)
 
 
 def register(dispatch_key: str = "CUDA") -> None:

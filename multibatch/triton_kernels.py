@@ -69,6 +69,27 @@ def scores_of(  # type: ignore[no-untyped-def]
     return tl.where(visible, scores, float("-inf"))
 
 
+@triton.jit
+def add_block(  # type: ignore[no-untyped-def]
+    best, total, mixed, scores, values, is_inside,
+    BLOCK_PADDED: tl.constexpr, DV: tl.constexpr, DV_PADDED: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """One block more in a running softmax: maxima [M], sums [M] and mixed values [M, DV] of all blocks so far."""
+    offset, dv = tl.arange(0, BLOCK_PADDED)[:, None], tl.arange(0, DV_PADDED)[None, :]
+    new_best = tl.maximum(best, tl.max(scores, axis=1))
+    # A query that has seen nothing yet has no maximum to subtract.
+    shift = tl.where(new_best == float("-inf"), 0.0, new_best)
+    weights, decay = tl.exp(scores - shift[:, None]), tl.exp(best - shift)
+    # What lies behind the row may be another request's and not finite; a weight of 0 would not hide that.
+    v = tl.load(values + offset * DV + dv, mask=is_inside[:, None] & (dv < DV), other=0.0)
+    total = total * decay + tl.sum(weights, axis=1)
+    weights = weights.to(v.dtype)
+    if WIDEN:
+        weights, v = weights.to(tl.float32), v.to(tl.float32)
+    mixed = mixed * decay[:, None] + tl.dot(weights, v, input_precision="ieee")
+    return new_best, total, mixed
+
+
 @triton.jit(do_not_specialize=["num_tokens", "num_rows"])
 def attend_kernel(  # type: ignore[no-untyped-def]
     query, key_pool, value_pool, cu_seqlens, block_tables, seq_lens, sinks, out, maxima, sums,
@@ -121,19 +142,10 @@ def attend_kernel(  # type: ignore[no-untyped-def]
             q, key_pool + page * (D * BLOCK_SIZE), position, other, is_inside, scale,
             BLOCK_SIZE, D, D_PADDED, BLOCK_PADDED, WINDOW, SOFTCAP, WIDEN,
         )  # fmt: skip
-        new_best = tl.maximum(best, tl.max(scores, axis=1))
-        # A query that has seen nothing yet has no maximum to subtract.
-        shift = tl.where(new_best == float("-inf"), 0.0, new_best)
-        weights, decay = tl.exp(scores - shift[:, None]), tl.exp(best - shift)
-        # What lies behind the row may be another request's and not finite; a weight of 0 would not hide that.
-        from_value = value_pool + page * (BLOCK_SIZE * DV) + offset[:, None] * DV + dv[None, :]
-        v = tl.load(from_value, mask=is_inside[:, None] & (dv[None, :] < DV), other=0.0)
-        total = total * decay + tl.sum(weights, axis=1)
-        weights = weights.to(v.dtype)
-        if WIDEN:
-            weights, v = weights.to(tl.float32), v.to(tl.float32)
-        mixed = mixed * decay[:, None] + tl.dot(weights, v, input_precision="ieee")
-        best = new_best
+        best, total, mixed = add_block(
+            best, total, mixed, scores, value_pool + page * (BLOCK_SIZE * DV), is_inside,
+            BLOCK_PADDED, DV, DV_PADDED, WIDEN,
+        )  # fmt: skip
 
     place = (token * (KV_HEADS * GROUP) + head) * num_spans + span
     if SPLIT:
@@ -142,7 +154,7 @@ def attend_kernel(  # type: ignore[no-untyped-def]
     else:
         if SINKS:
             sink = tl.load(sinks + head, mask=is_row, other=0.0).to(tl.float32)
-            # As a position without a value would take part. Relative to the greater of both, nothing overflows.
+            # It takes part as a position without a value would. Relative to the greater of both, nothing overflows.
             shift = tl.maximum(best, sink)
             mixed = mixed * tl.exp(best - shift)[:, None]
             total = total * tl.exp(best - shift) + tl.exp(sink - shift)

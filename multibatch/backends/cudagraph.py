@@ -15,6 +15,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 
 from multibatch.backends.base import LoadedPrograms
+from multibatch.backends.static_inputs import StaticInputs
 from multibatch.batch import ProgramInputs, decode_inputs
 from multibatch.errors import ConfigError
 from multibatch.kv.pool import KVPool
@@ -74,33 +75,6 @@ class CapturedSize:
     num_replays: int = 0
     num_uncaptured: int = 0
     """Calls that ran the program itself: before its capture, after it was dropped, without memory, or on another pool."""
-
-
-class StaticInputs:
-    """The memory that a graph reads its inputs from; one copy per dtype fills it."""
-
-    def __init__(self, example: ProgramInputs, device: torch.device) -> None:
-        """Holds the values of `example` first."""
-        self._flat = {kind: flat.to(device, copy=True) for kind, flat in _flattened(example).items()}
-        views, starts = [], dict.fromkeys(self._flat, 0)
-        for tensor in example.tensors():
-            start = starts[tensor.dtype]
-            starts[tensor.dtype] = start + tensor.numel()
-            views.append(self._flat[tensor.dtype][start : start + tensor.numel()].view(tensor.shape))
-        self.inputs = ProgramInputs(*views)
-
-    def fill(self, inputs: ProgramInputs) -> None:
-        """Takes the values of inputs of the same shapes."""
-        assert [x.shape for x in inputs.tensors()] == [x.shape for x in self.inputs.tensors()]
-        for kind, flat in _flattened(inputs).items():
-            self._flat[kind].copy_(flat)
-
-
-def _flattened(inputs: ProgramInputs) -> dict[torch.dtype, torch.Tensor]:
-    parts: dict[torch.dtype, list[torch.Tensor]] = {}
-    for tensor in inputs.tensors():
-        parts.setdefault(tensor.dtype, []).append(tensor.flatten())
-    return {kind: torch.cat(tensors) for kind, tensors in parts.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +190,7 @@ class CapturedPrograms:
         return record
 
     def run(self, program: str, inputs: ProgramInputs, pool: KVPool) -> torch.Tensor:
-        """See `base.LoadedPrograms.run`. The inputs may be on the host; the logits are on the device, the caller's own."""
+        """See `base.LoadedPrograms.run`. The inputs are on the host; the logits are on the device, the caller's own."""
         size = self._sizes.get(program)
         if size is None:
             return self._programs.run(program, self._moved(inputs), pool)

@@ -14,6 +14,7 @@ from multibatch.artifact import Artifact
 from multibatch.backends.cudagraph import CapturedPrograms
 from multibatch.backends.eager import EagerPrograms
 from multibatch.backends.flat_model import COMPILED_ATTENTION, FlatDecoder
+from multibatch.backends.static_inputs import StaticInputs
 from multibatch.batch import DecodeRow, ProgramInputs, decode_inputs, prefill_inputs
 from multibatch.config import EngineConfig
 from multibatch.engine import Engine
@@ -97,6 +98,16 @@ def test_a_replay_reads_this_calls_inputs_and_the_pool() -> None:
     assert bench.run([1], 1, position=2) == [8.0]
     counts = {r.batch_size: (r.num_replays, r.num_uncaptured) for r in bench.programs.sizes}
     assert counts == {4: (1, 0), 2: (1, 0), 1: (1, 0)}
+
+
+def test_static_inputs_are_aligned_and_hold_what_fills_them() -> None:
+    static = StaticInputs(decode([1], 3), torch.device("cpu"))
+    inputs = decode([5, 6, 7], 3, position=2)
+    static.fill(inputs)
+    for view, tensor in zip(static.inputs.tensors(), inputs.tensors(), strict=True):
+        assert torch.equal(view, tensor)
+        assert view.data_ptr() % 16 == 0
+    assert len({view.untyped_storage().data_ptr() for view in static.inputs.tensors()}) == 2
 
 
 def test_a_capture_touches_no_block_but_the_scratch_block() -> None:
