@@ -54,9 +54,10 @@ def one_row(case: Case, row: int) -> torch.Tensor:
     """The output of one decode row in a call of its own."""
     arguments: list[Any] = case.arguments()
     only = slice(row, row + 1)
-    arguments[:3] = [x[:, :, only] for x in arguments[:3]]
-    arguments[5], arguments[6] = case.slot_mapping[only], torch.tensor([0, 1]).to(case.cu_seqlens)
-    arguments[7], arguments[8] = case.block_tables[only], case.seq_lens[only]
+    # Memory of its own for each: Triton compiles other kernels for addresses that are not aligned.
+    arguments[:3] = [x[:, :, only].clone() for x in arguments[:3]]
+    arguments[5], arguments[6] = case.slot_mapping[only].clone(), torch.tensor([0, 1]).to(case.cu_seqlens)
+    arguments[7], arguments[8] = case.block_tables[only].clone(), case.seq_lens[only].clone()
     return triton_attention.paged_attention(*arguments)
 
 

@@ -1,4 +1,4 @@
-"""A program compiled by AOTInductor calls the Triton kernels: run by `test_triton_attention.py` in the interpreter."""
+"""A program compiled by AOTInductor calls the Triton kernels: run by `test_compiled_program.py` in the interpreter."""
 
 from __future__ import annotations
 
