@@ -1,7 +1,8 @@
 """Triton kernels of paged attention; `triton_attention.py` launches them and says what each is for.
 
 Sizes in capitals are fixed when a kernel is compiled; a size that ends in _PADDED is the next power of two, which Triton's
-ranges need. Numbers of tokens and rows are not fixed, so that the decoders of a ladder share their kernels. Importing this file imports Triton, which decides then whether its interpreter runs the kernels.
+ranges need. Numbers of tokens and rows are not fixed, so that the decoders of a ladder share their kernels. Importing this file
+imports Triton, which decides then whether its interpreter runs the kernels.
 """
 
 from __future__ import annotations
