@@ -173,6 +173,8 @@ def _rotated_all(y: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     if not all(isinstance(node, fx.Node) for node in (x, cos, sin)) or not _is(halves, torch.ops.aten.cat.default):
         return None
     tables, shape = (cos.meta["val"], sin.meta["val"]), x.meta["val"].shape
+    if len(shape) != 4:
+        return None
     fits = all(t.shape == (1, 1, shape[2], shape[3]) and t.dtype == x.meta["val"].dtype for t in tables)
     if not fits or len(halves.args[0]) != 2 or halves.args[1:] not in ((-1,), (3,)) or shape[3] > _MOST_ROTARY:
         return None
@@ -183,10 +185,11 @@ def _rotated_all(y: Any) -> tuple[fx.Node, fx.Node, fx.Node] | None:
 
 
 def _part(node: Any) -> tuple[fx.Node, int, int] | None:
-    """(x, start, end) of a slice of x's last dimension, x being of four."""
+    """(x, start, end) of a slice of x's last dimension, x being of four, and the bounds known."""
     if not _is(node, torch.ops.aten.slice.Tensor) or len(node.args) != 4 or node.args[1] not in (-1, 3):
         return None
-    return (node.args[0], *node.args[2:])
+    x, _, start, end = node.args
+    return (x, start, end) if isinstance(start, int) and isinstance(end, int) else None
 
 
 def _is_end(part: tuple[fx.Node, int, int]) -> bool:

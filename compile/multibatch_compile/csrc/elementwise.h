@@ -107,7 +107,7 @@ template <typename T>
 Highest highest(const T* x, int64_t n) {
   const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
   f32x16 value = splat(-std::numeric_limits<float>::infinity());
-  i32x16 place = lane - lane - 1, wrong{};
+  i32x16 place = i32x16{} - 1, wrong{};
   int64_t i = 0;
   for (; i + 16 <= n; i += 16) {
     const f32x16 v = floats_of(x + i);

@@ -1,5 +1,5 @@
 // The operators as C functions, which AOTInductor's programs call past the dispatcher: no boxes around the arguments, some
-// 5 us less each (aot_inductor.custom_ops_to_c_shims). Names and argument types follow from the schemas in multibatch/ops.py
+// 4 us less each (aot_inductor.custom_ops_to_c_shims). Names and argument types follow from the schemas in multibatch/ops.py
 // by the rules in multibatch_compile/shims.py, which declares them to the programs.
 #pragma once
 
