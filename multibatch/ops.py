@@ -115,26 +115,8 @@ def _packed_embedding_fake(
 
 
 @torch.library.register_fake("multibatch::paged_attention", lib=_LIBRARY)
-def _paged_attention_fake(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    key_pool: torch.Tensor,
-    value_pool: torch.Tensor,
-    slot_mapping: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    block_tables: torch.Tensor,
-    seq_lens: torch.Tensor,
-    sinks: torch.Tensor | None,
-    scale: float,
-    sliding_window: int,
-    softcap: float,
-) -> torch.Tensor:
-    return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
-
-
 @torch.library.register_fake("multibatch::rotary_attention", lib=_LIBRARY)
-def _rotary_attention_fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
+def _attention_fake(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any) -> torch.Tensor:
     return query.new_empty((1, query.shape[2], query.shape[1], value.shape[3]))
 
 
