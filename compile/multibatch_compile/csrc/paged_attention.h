@@ -60,12 +60,21 @@ struct Scratch {
   }
 };
 
+// Fetches what lies `ahead` bytes behind J vectors that are read now. Blocks lie anywhere in the pool, so the processor does
+// not do it by itself; and asked for a whole block at once, it waits for that before it computes.
+template <int J, typename T>
+inline void fetch_ahead(const T* vectors, int64_t ahead) {
+  for (size_t byte = 0; byte < J * 16 * sizeof(T); byte += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(vectors) + ahead + byte);
+}
+
 // scores[R, 16 J] = q . keys for R rows and J vectors of positions at once: a key vector is loaded once for all rows, a
 // query's element once for all vectors, and sums of few rows do not wait for each other. K: as the pool stores them, or floats.
 template <int R, int J, typename K>
-inline void score_vectors(const float* q, const K* keys, float* scores, const AttentionShape& s) {
+inline void score_vectors(const float* q, const K* keys, int64_t ahead, float* scores, const AttentionShape& s) {
   f32x16 acc[R][J] = {};
   for (int64_t d = 0; d < s.head_dim; ++d) {
+    fetch_ahead<J>(keys + d * s.block_size, ahead);
     f32x16 k[J];
     for (int j = 0; j < J; ++j) k[j] = floats_of(keys + d * s.block_size + 16 * j);
 #pragma GCC unroll 8
@@ -77,17 +86,17 @@ inline void score_vectors(const float* q, const K* keys, float* scores, const At
 }
 
 template <int R, typename K>
-inline void score_rows(const float* q, const K* keys, float* scores, const AttentionShape& s) {
+inline void score_rows(const float* q, const K* keys, int64_t ahead, float* scores, const AttentionShape& s) {
   int64_t j = 0;
-  for (; j + 32 <= s.block_size; j += 32) score_vectors<R, 2>(q, keys + j, scores + j, s);
-  if (j < s.block_size) score_vectors<R, 1>(q, keys + j, scores + j, s);
+  for (; j + 32 <= s.block_size; j += 32) score_vectors<R, 2>(q, keys + j, ahead, scores + j, s);
+  if (j < s.block_size) score_vectors<R, 1>(q, keys + j, ahead, scores + j, s);
 }
 
-// The values of a block, `stride` elements from one position to the next.
+// The values of a block, `stride` elements from one position to the next; and how many bytes behind it the next block lies.
 template <typename V>
 struct Values {
   const V* data;
-  int64_t stride, num_keys;
+  int64_t stride, num_keys, ahead;
 };
 
 // out[R, 16 J] += scores . values, in the same way.
@@ -98,6 +107,7 @@ inline void value_vectors(const float* scores, Values<V> values, float* out, con
   for (int r = 0; r < R; ++r)
     for (int j = 0; j < J; ++j) acc[r][j] = load_vector<f32x16>(out + r * stride + 16 * j);
   for (int64_t k = 0; k < values.num_keys; ++k) {
+    fetch_ahead<J>(values.data + k * values.stride, values.ahead);
     f32x16 v[J];
     for (int j = 0; j < J; ++j) v[j] = floats_of(values.data + k * values.stride + 16 * j);
 #pragma GCC unroll 8
@@ -175,32 +185,30 @@ struct Blocks {
 };
 
 template <typename T>
-inline void fetch(const T* from, int64_t n) {
-  for (int64_t byte = 0; byte < n * static_cast<int64_t>(sizeof(T)); byte += 64)
-    __builtin_prefetch(reinterpret_cast<const char*>(from) + byte);
+inline int64_t bytes_between(const T* from, const T* to) {
+  return reinterpret_cast<intptr_t>(to) - reinterpret_cast<intptr_t>(from);
 }
 
 // Scores of all queries against the blocks of positions [begin, end). Many queries share one conversion of a block to floats;
-// few convert as they read, and what comes next is fetched meanwhile: blocks lie anywhere in the pool.
+// few convert as they read, and fetch meanwhile what is read next: a block of keys, then the first one of values.
 template <typename T>
 void score_blocks(const Queries& queries, const Blocks<T>& blocks, int64_t begin, int64_t end, Scratch& scratch,
                   const AttentionShape& s) {
   const int64_t bs = s.block_size, size = s.head_dim * bs;
-  auto score = [&](const auto* keys, int64_t start) {
+  auto score = [&](const auto* keys, int64_t ahead, int64_t start) {
     for_rows(queries.rows, [&]<int R>(int64_t r) {
-      score_rows<R>(queries.q + r * s.head_dim, keys, scratch.scores.data() + r * s.score_stride() + start - begin, s);
+      score_rows<R>(queries.q + r * s.head_dim, keys, ahead, scratch.scores.data() + r * s.score_stride() + start - begin, s);
     });
   };
   for (int64_t start = begin; start < end; start += bs) {
     const T* keys = blocks.keys(start / bs, s);
     if (queries.rows > kFewRows) {
       floats_from(keys, scratch.keys.data(), size);
-      score(scratch.keys.data(), start);
-      continue;
+      score(scratch.keys.data(), 0, start);
+    } else {
+      const T* next = start + bs < end ? blocks.keys(start / bs + 1, s) : blocks.values(begin / bs, s);
+      score(keys, bytes_between(keys, next), start);
     }
-    if (start + bs < end) fetch(blocks.keys(start / bs + 1, s), size);
-    fetch(blocks.values(start / bs, s), bs * s.value_dim);
-    score(keys, start);
   }
 }
 
@@ -218,7 +226,8 @@ void add_values(const Queries& queries, const Blocks<T>& blocks, int64_t begin, 
     const T* values = blocks.values(start / bs, s);
     const int64_t num_keys = std::min(bs, end - start);
     if (queries.rows <= kFewRows && stride == s.value_dim) {
-      add(Values<T>{values, stride, num_keys}, start);
+      const T* next = start + bs < end ? blocks.values(start / bs + 1, s) : values;
+      add(Values<T>{values, stride, num_keys, bytes_between(values, next)}, start);
       continue;
     }
     for (int64_t j = 0; j < num_keys; ++j) {
@@ -226,7 +235,7 @@ void add_values(const Queries& queries, const Blocks<T>& blocks, int64_t begin, 
       floats_from(values + j * s.value_dim, to, s.value_dim);
       std::fill(to + s.value_dim, to + stride, 0.0f);
     }
-    add(Values<float>{scratch.values.data(), stride, num_keys}, start);
+    add(Values<float>{scratch.values.data(), stride, num_keys, 0}, start);
   }
 }
 
