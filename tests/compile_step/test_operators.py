@@ -19,7 +19,7 @@ from multibatch_compile.operators import operator_library, targets
 from multibatch_compile.packing import pack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
 
 # Rows of one group, two and many; inputs beyond one range; outputs that do not fill a panel.
@@ -32,6 +32,7 @@ SHAPES = [
     (24, 257, 70),
     (40, 17, 1),
     (25, 64, 33),
+    (30, 4500, 40),  # longer than one range of a block, in every dtype
     (130, 900, 300),
 ]
 

@@ -14,6 +14,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "caches.h"
 #include "elementwise.h"
 #include "numeric.h"
 #if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
@@ -230,7 +231,7 @@ inline void finish_rows(const LinearCall<int8_t, T>& c, int64_t panel, int64_t r
   });
 }
 
-// Units [from, to) of one panel, all of them or a range within one chunk; and what to fetch meanwhile, from so many bytes
+// Units [from, to) of one panel, all of them, some chunks or a range within one chunk; and what to fetch meanwhile, from so many bytes
 // behind the first on.
 struct Range {
   int64_t panel, from, to, ahead, second, step;
@@ -271,10 +272,10 @@ void panel_rows_of(int rows, const LinearCall<W, T>& c, const Range& range, int6
 
 // How a call is cut into tiles. One group of rows: a panel each, read once from end to end. Two: some panels each; the
 // second group follows the first over a short range, and each of them fetches half of the next range from memory, which
-// else would rest while the second computes. Many: a block of rows by a few panels, over chunks that keep both in the
-// core's own caches.
+// else would rest while the second computes. Many: a block of rows by a few panels, over ranges that keep both in the
+// core's own caches. Short ranges cost: at each end the sums are put down and taken up.
 struct Tiling {
-  static constexpr int64_t kBlockGroups = 8, kBlockPanels = 2, kPairPanels = 2;
+  static constexpr int64_t kBlockGroups = 8, kBlockPanels = 2, kPairPanels = 2, kBlockChunks = 4;
   Groups groups;
   int64_t panels, panels_per_tile, row_blocks;
   Tiling(int64_t m, int64_t n) : groups(m), panels((n + kPanel - 1) / kPanel) {
@@ -282,6 +283,14 @@ struct Tiling {
     row_blocks = (groups.count + kBlockGroups - 1) / kBlockGroups;
   }
   bool tiles_are_long() const { return groups.count > 2; }
+  // Units in a range of a block.
+  template <typename W>
+  static int64_t block_units() {
+    constexpr int64_t chunk = kChunk / Format<W>::lanes;
+    constexpr int64_t bytes = chunk * (kBlockGroups * kMaxRows * Format<W>::lanes * sizeof(typename Format<W>::Lane) +
+                                       kBlockPanels * kPanel * Format<W>::unit * sizeof(W));
+    return chunk * std::clamp<int64_t>(second_level_cache() * 2 / 3 / bytes, 1, kBlockChunks);
+  }
   // Tiles that share panels follow each other, so that the panels are still in the shared cache.
   int64_t count() const { return (panels + panels_per_tile - 1) / panels_per_tile * row_blocks; }
 };
@@ -316,7 +325,7 @@ void linear_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t tile) 
   const int64_t block = tile % tiling.row_blocks, count = tiling.groups.count;
   if (count == 2) return pair_tile(c, tiling, p0, p1);
   const int64_t g0 = block * count / tiling.row_blocks, g1 = (block + 1) * count / tiling.row_blocks;
-  const int64_t length = count == 1 ? std::max<int64_t>(c.units, 1) : kChunk / Format<W>::lanes;
+  const int64_t length = count == 1 ? std::max<int64_t>(c.units, 1) : Tiling::block_units<W>();
   Acc* const carry = carries<Acc>();
   for (int64_t from = 0; from == 0 || from < c.units; from += length)
     for (int64_t p = p0; p < p1; ++p)

@@ -22,8 +22,9 @@
 
 #ifdef __linux__
 #include <sys/resource.h>
-#include <unistd.h>
 #endif
+
+#include "caches.h"
 
 namespace multibatch {
 
@@ -183,24 +184,15 @@ class ThreadPool {
     int64_t next = 0, end = 0;
   };
 
-  // Bytes that a thread fetches ahead: half of its second-level cache.
-  static int64_t fetch_ahead() {
-#ifdef _SC_LEVEL2_CACHE_SIZE
-    static const int64_t bytes = std::max<int64_t>(sysconf(_SC_LEVEL2_CACHE_SIZE) / 2, 64 * 1024);
-    return bytes;
-#else
-    return 64 * 1024;
-#endif
-  }
-
-  // Fetches a line of what is expected, as long as the thread's share has one and the cache has room; else waits a moment.
+  // Fetches a line of what is expected, as long as the thread's share has one and half of its own cache has room; else waits
+  // a moment.
   void fetch_or_relax(int thread) {
     Fetched& f = fetched_[thread];
     const char* data = expected_data_.load(std::memory_order_acquire);
     if (f.data != data) {
       const int64_t tiles = expected_tiles_.load(std::memory_order_relaxed), n = num_workers_ + 1;
       const int64_t bytes = expected_tile_bytes_.load(std::memory_order_relaxed), first = tiles * thread / n * bytes;
-      f = {data, first, std::min(first + fetch_ahead(), tiles * (thread + 1) / n * bytes)};
+      f = {data, first, std::min(first + second_level_cache() / 2, tiles * (thread + 1) / n * bytes)};
     }
     if (f.next < f.end) {
       __builtin_prefetch(data + f.next, 0, 2);
