@@ -65,8 +65,8 @@ def run_seeds(
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {case: [] for case in cases}
     rooflines = []
     for _ in range(repeats):
-        rooflines.append(measure_roofline(artifact.manifest))
         for scheduler, size in cases:
+            rooflines.append(measure_roofline(artifact.manifest))
             engine = ScriptedEngine(artifact, EngineConfig(max_num_seqs=size, enable_prefix_caching=False), programs)
             times = _run_groups(engine, trace, size) if scheduler == "static" else run_load(engine, trace)
             runs[scheduler, size].append(_row(scheduler, size, times))
