@@ -19,7 +19,7 @@ from multibatch_compile.operators import operator_library, targets
 from multibatch_compile.packing import pack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
 
 
 # Rows of one group, two and many; inputs beyond one range; outputs that do not fill a panel.
@@ -53,7 +53,8 @@ def test_linear_is_right_and_a_row_does_not_depend_on_its_batch(dtype: torch.dty
     x, w, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
     y = torch.ops.multibatch.packed_linear(x, pack(w), b, None, None, n)
     expected = x.double() @ w.double().T + b.double()
-    assert float((y.double() - expected).abs().max() / expected.abs().max()) < TOLERANCE[dtype]
+    allowed = TOLERANCE[dtype] * max(1.0, k / 1030) ** 0.5  # sums of more numbers round more often
+    assert float((y.double() - expected).abs().max() / expected.abs().max()) < allowed
     alone = torch.cat([torch.ops.multibatch.packed_linear(x[i : i + 1], pack(w), b, None, None, n) for i in range(m)])
     assert torch.equal(y, alone)
 
