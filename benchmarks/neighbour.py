@@ -2,7 +2,7 @@
 
 Blocks of decode steps of the same requests, alone and beside in turn, since a shared machine is not as fast a second later.
 
-usage: python benchmarks/neighbour.py ARTIFACT [--rows 8] [--steps 60] [--repeats 5] [--core CORE]
+usage: python -m benchmarks.neighbour ARTIFACT [--rows 8] [--steps 60] [--repeats 5] [--core CORE]
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import random
 import signal
 import statistics
 import subprocess
@@ -18,11 +17,10 @@ import sys
 import time
 from collections.abc import Iterator
 
-from multibatch import SamplingParams
+from benchmarks.decode_rows import add_rows
 from multibatch.artifact import Artifact
 from multibatch.config import EngineConfig
 from multibatch.engine import Engine
-from multibatch.sampling_params import RequestOutputKind
 
 _SETTLE_S = 0.2
 
@@ -52,19 +50,6 @@ class Neighbour:
         self._process.wait()
 
 
-def start(engine: Engine, rows: int, tokens: int, name: str) -> None:
-    """Adds so many requests, prompts of 128, and runs them up to their first decode step."""
-    rng = random.Random(name)
-    params = SamplingParams(
-        temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
-    )
-    for i in range(rows):
-        prompt = [rng.randrange(engine.manifest.model.vocab_size) for _ in range(128)]
-        engine.add_request(f"{name}-{i}", prompt, params)
-    while engine.scheduler.waiting or not all(s.num_output_tokens for s in engine.scheduler.running):
-        engine.step()
-
-
 def tokens_per_second(engine: Engine, rows: int, steps: int) -> float:
     """Of so many decode steps."""
     before = time.perf_counter()
@@ -75,7 +60,7 @@ def tokens_per_second(engine: Engine, rows: int, steps: int) -> float:
 
 def blocks(engine: Engine, neighbour: Neighbour, rows: int, steps: int, name: str) -> tuple[list[float], list[float]]:
     """Tokens per second of five blocks of decode steps of the same requests: alone three times, beside twice."""
-    start(engine, rows, 5 * steps + 8, name)
+    add_rows(engine, rows, 5 * steps + 8, name)
     quiet, beside = [tokens_per_second(engine, rows, steps)], list[float]()
     for _ in range(2):
         with neighbour.spinning():

@@ -1,6 +1,6 @@
 """What a decode step costs beside the program: scheduling, inputs, sampling, outputs. With --profile, which functions.
 
-usage: python benchmarks/overhead.py ARTIFACT [--rows 1,8,16] [--tokens 128] [--profile]
+usage: python -m benchmarks.overhead ARTIFACT [--rows 1,8,16] [--tokens 128] [--profile]
 """
 
 from __future__ import annotations
@@ -8,13 +8,12 @@ from __future__ import annotations
 import argparse
 import cProfile
 import pstats
-import random
 import statistics
 import time
 
 import torch
 
-from multibatch import SamplingParams
+from benchmarks.decode_rows import add_rows
 from multibatch.artifact import Artifact
 from multibatch.backends.base import LoadedPrograms
 from multibatch.backends.load import load_programs
@@ -22,7 +21,6 @@ from multibatch.batch import ProgramInputs
 from multibatch.config import EngineConfig
 from multibatch.engine import Engine
 from multibatch.kv.pool import KVPool
-from multibatch.sampling_params import RequestOutputKind
 
 
 class Timed:
@@ -44,23 +42,13 @@ class Timed:
 
 def steps(engine: Engine, programs: Timed, rows: int, tokens: int) -> list[tuple[float, float]]:
     """Milliseconds of each decode step of `rows` requests, and of its programs."""
-    rng = random.Random(rows)
-    params = SamplingParams(
-        temperature=0.0, max_tokens=tokens, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY
-    )
-    for i in range(rows):
-        prompt = [rng.randrange(engine.manifest.model.vocab_size) for _ in range(128)]
-        engine.add_request(f"{rows}-{i}", prompt, params)
+    add_rows(engine, rows, tokens, str(rows))
     found = []
     while engine.has_unfinished:
         programs.seconds.clear()
-        decodes = (
-            all(sequence.num_output_tokens for sequence in engine.scheduler.running) and not engine.scheduler.waiting
-        )
         start = time.perf_counter()
         engine.step()
-        if decodes:
-            found.append(((time.perf_counter() - start) * 1000, sum(programs.seconds) * 1000))
+        found.append(((time.perf_counter() - start) * 1000, sum(programs.seconds) * 1000))
     return found
 
 

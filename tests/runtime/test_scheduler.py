@@ -346,6 +346,18 @@ def test_what_the_whole_pool_cannot_hold_is_refused() -> None:
     assert chunks(run_step(scheduler)) == [("c", 0, 11)]
 
 
+@pytest.mark.parametrize(("length", "expected"), [(512, 27), (2048, 6)])
+def test_as_many_run_as_the_pool_holds(length: int, expected: int) -> None:
+    # 14,000 tokens, what 14 GB hold at 1 MB a token: 27.3 sequences of 512, 6.8 of 2,048.
+    config = SchedulerConfig(
+        max_num_seqs=32, max_seq_len=2048, block_size=16, max_prefill_tokens=10**6, max_prefill_rows=32
+    )
+    params = SamplingParams(max_tokens=1)
+    sequences = [make_sequence(str(i), length - 1, params) for i in range(32)]
+    scheduler = make_scheduler(*sequences, num_blocks=1 + 14_000 // 16, config=config)
+    assert len(scheduler.schedule().prefill) == expected
+
+
 @pytest.mark.parametrize(
     "name", ["max_num_seqs", "max_seq_len", "block_size", "max_prefill_tokens", "max_prefill_rows"]
 )
