@@ -1,9 +1,10 @@
-"""`multibatch bench`: the measurements as commands; each prints a table and ends with one line of JSON."""
+"""`multibatch bench`: the measurements as commands; each prints a table, and one line of JSON where nobody looks on."""
 
 from __future__ import annotations
 
 import json
 import platform
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -17,9 +18,10 @@ from multibatch.artifact import Artifact
 from multibatch.errors import ConfigError
 from multibatch.hardware import read_cpu_info, usable_cores
 from multibatch.manifest import Manifest
-from multibatch.terminal import OUT, quiet
+from multibatch.terminal import ERR, OUT, quiet
 
 _ARTIFACT = click.argument("artifact", type=click.Path(path_type=Path))
+_OUTPUT_JSON = click.option("--output-json", type=click.Path(path_type=Path), help="Write all figures to this file.")
 
 
 class _DefaultGroup(click.Group):
@@ -49,7 +51,10 @@ def bench() -> None:
 @click.option(
     "--reference/--no-reference", default=True, help="Also time the eager reference and transformers' generate."
 )
-def ladder_command(artifact: Path, prompts_file: Any, reference: bool, **options: Any) -> None:
+@_OUTPUT_JSON
+def ladder_command(
+    artifact: Path, prompts_file: Any, reference: bool, output_json: Path | None, **options: Any
+) -> None:
     """Compare the ladder with pad-to-max, batch 1, the eager reference and transformers' generate."""
     from multibatch.bench.variants import BenchOptions, run_bench
 
@@ -62,7 +67,7 @@ def ladder_command(artifact: Path, prompts_file: Any, reference: bool, **options
         tokenizer = Tokenizer(artifact / "tokenizer")
         prompts = tuple(tuple(r.get("prompt_token_ids") or tokenizer.encode(r["prompt"])) for r in records)
     model = _reference_model(opened.manifest) if reference else None
-    result = run_bench(opened, BenchOptions(prompts=prompts, **options), model)
+    result = run_bench(opened, BenchOptions(prompts=prompts, **options), model, _progress)
     table = Table(
         title=f"{result['batch']} requests, {options['output_len']} new tokens each, median of {options['repeats']}"
     )
@@ -88,7 +93,7 @@ def ladder_command(artifact: Path, prompts_file: Any, reference: bool, **options
         " of a step (weights and KV) or its products, whichever take longer",
         highlight=False,
     )
-    click.echo(json.dumps(result))
+    _finish(result, output_json)
 
 
 def _rates(result: Mapping[str, Any]) -> str:
@@ -112,7 +117,7 @@ def _reference_model(manifest: Manifest) -> Any:
 @click.option("--batch-size", default=8, show_default=True)
 @click.option("--num-iters-warmup", default=10, show_default=True)
 @click.option("--num-iters", default=30, show_default=True)
-@click.option("--output-json", type=click.Path(path_type=Path), help="Also write the figures to this file.")
+@_OUTPUT_JSON
 def latency_command(artifact: Path, output_json: Path | None, **options: Any) -> None:
     """Time whole batches of equal requests."""
     from multibatch.bench.offline import run_latency
@@ -130,7 +135,7 @@ def latency_command(artifact: Path, output_json: Path | None, **options: Any) ->
 @click.option("--output-len", default=64, show_default=True)
 @click.option("--num-prompts", default=100, show_default=True)
 @click.option("--num-warmups", default=8, show_default=True)
-@click.option("--output-json", type=click.Path(path_type=Path), help="Also write the figures to this file.")
+@_OUTPUT_JSON
 def throughput_command(artifact: Path, output_json: Path | None, **options: Any) -> None:
     """Time a queue of equal requests that are all there from the start."""
     from multibatch.bench.offline import run_throughput
@@ -180,7 +185,7 @@ def _goodput(_: click.Context, __: click.Parameter, values: Sequence[str]) -> di
 @click.option("--scheduling-policy", default="fcfs", show_default=True)
 @click.option("--predict", is_flag=True, help="Also simulate the load with the artifact's cost table.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--save-result", type=click.Path(path_type=Path), help="Also write the figures to this file.")
+@click.option("--output-json", "--save-result", type=click.Path(path_type=Path), help="Write all figures to this file.")
 def serve_command(
     artifact: Path,
     num_prompts: int,
@@ -189,7 +194,7 @@ def serve_command(
     goodput: dict[str, float],
     predict: bool,
     seed: int,
-    save_result: Path | None,
+    output_json: Path | None,
     **options: Any,
 ) -> None:
     """Send a load to the engine in this process."""
@@ -211,7 +216,7 @@ def serve_command(
     result |= {"request_rate": "inf" if load["request_rate"] == float("inf") else load["request_rate"]}
     result |= {"burstiness": load["burstiness"]}
     _print_serve(result)
-    _finish(result, save_result)
+    _finish(result, output_json)
 
 
 def _print_serve(result: dict[str, Any]) -> None:
@@ -245,12 +250,12 @@ _SEEDS_COLUMNS = {
     "scheduler": "scheduler",
     "batch_size": "batch",
     "tokens_per_s": "tok/s",
-    "ttft_ms": "TTFT",
-    "prefill_ms": "prefill",
-    "decode_ms": "decode",
-    "latency_ms": "latency",
-    "latency_p50_ms": "P50",
-    "latency_p95_ms": "P95",
+    "ttft_s": "TTFT",
+    "prefill_s": "prefill",
+    "decode_s": "decode",
+    "latency_s": "latency",
+    "latency_p50_s": "P50",
+    "latency_p95_s": "P95",
     "limit_tokens_per_s": "limit",
 }
 
@@ -265,8 +270,14 @@ _SEEDS_COLUMNS = {
 @click.option("--repeats", default=3, show_default=True, help="The median run counts; the cases take turns.")
 @click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Also write the table to this file.")
 @click.option("--picture", type=click.Path(path_type=Path), help="Also draw throughput and P95 to this file.")
+@_OUTPUT_JSON
 def seeds_command(
-    artifact: Path, batch_sizes: str, csv_file: Path | None, picture: Path | None, **options: Any
+    artifact: Path,
+    batch_sizes: str,
+    csv_file: Path | None,
+    picture: Path | None,
+    output_json: Path | None,
+    **options: Any,
 ) -> None:
     """Compare one at a time, fixed groups and continuous batching on the same requests."""
     from multibatch.bench.pictures import draw_seeds
@@ -274,16 +285,18 @@ def seeds_command(
     from multibatch.ladder import parse_batch_sizes
 
     opened = Artifact.open(artifact)
-    rows = run_seeds(opened, batch_sizes=sorted(parse_batch_sizes(batch_sizes)), **options)
+    rows = run_seeds(opened, batch_sizes=sorted(parse_batch_sizes(batch_sizes)), progress=_progress, **options)
     rate = options["request_rate"]
     load = f"{options['num_requests']} requests " + ("at once" if rate == float("inf") else f"at {rate:g}/s")
-    _print_rows(f"{load}; times in ms; limit: tok/s", rows, _SEEDS_COLUMNS)
+    seconds = [{name.replace("_ms", "_s"): v / 1000 for name, v in row.items() if name.endswith("_ms")} for row in rows]
+    shown = [row | times for row, times in zip(rows, seconds, strict=True)]
+    _print_rows(f"{load}; times in s; limit: tok/s", shown, _SEEDS_COLUMNS)
     _print_gain(rows)
     if csv_file is not None:
         write_csv(rows, csv_file)
     if picture is not None:
         draw_seeds(rows, _caption(opened), picture)
-    _finish({"model_id": opened.manifest.model.id, "request_rate": str(rate), "rows": rows}, None)
+    _finish({"model_id": opened.manifest.model.id, "request_rate": str(rate), "rows": rows}, output_json)
 
 
 def _print_gain(rows: list[dict[str, Any]]) -> None:
@@ -315,14 +328,14 @@ def _print_gain(rows: list[dict[str, Any]]) -> None:
 )
 @click.option("--seed", default=0, show_default=True)
 @click.option("--picture", type=click.Path(path_type=Path), help="Also draw throughput to this file.")
-@click.option("--output-json", type=click.Path(path_type=Path), help="Also write everything to this file.")
+@_OUTPUT_JSON
 def policies_command(artifact: Path, picture: Path | None, output_json: Path | None, **options: Any) -> None:
     """Compare static batching with the dynamic policies, measured and simulated, and search each one's capacity."""
     from multibatch.bench.pictures import draw_policies
     from multibatch.bench.policies import PoliciesOptions, gains, run_policies
 
     opened = Artifact.open(artifact)
-    result = run_policies(opened, PoliciesOptions(**options))
+    result = run_policies(opened, PoliciesOptions(**options), _progress)
     rows = [
         {
             "load": case["load"],
@@ -351,18 +364,21 @@ def policies_command(artifact: Path, picture: Path | None, output_json: Path | N
 @click.option("--input-len", default=256, show_default=True, help="Mean prompt tokens.")
 @click.option("--output-len", default=64, show_default=True, help="Mean new tokens.")
 @click.option("--seed", default=0, show_default=True)
-def chunk_budget_command(artifact: Path, target_ms: float, request_rate: float, **options: Any) -> None:
+@_OUTPUT_JSON
+def chunk_budget_command(
+    artifact: Path, target_ms: float, request_rate: float, output_json: Path | None, **options: Any
+) -> None:
     """Compare inter-token times with a fixed and a refined prefill budget."""
     from multibatch.bench.policies import PoliciesOptions, run_chunk_budget
 
-    rows = run_chunk_budget(Artifact.open(artifact), PoliciesOptions(**options), target_ms, request_rate)
+    rows = run_chunk_budget(Artifact.open(artifact), PoliciesOptions(**options), target_ms, request_rate, _progress)
     columns = {"policy": "policy", "output_throughput": "tok/s", "p99_itl_ms": "p99 itl", "mean_itl_ms": "mean itl"}
     _print_rows(f"target {target_ms} ms; times in ms", rows, columns | {"p95_ttft_ms": "p95 TTFT"})
-    _finish({"target_ms": target_ms, "rows": rows}, None)
+    _finish({"target_ms": target_ms, "rows": rows}, output_json)
 
 
 def _print_rows(title: str, rows: Iterable[dict[str, Any]], columns: Mapping[str, str]) -> None:
-    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for name in columns.values():
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
@@ -376,6 +392,10 @@ def _caption(artifact: Artifact) -> str:
     return f"{Path(model.id).name}{bits}, {usable_cores()} cores of {build.cpu_model}"
 
 
+def _progress(what: str) -> None:
+    ERR.print(f"[dim]{what}[/dim]", highlight=False)
+
+
 def _number(value: Any) -> str:
     if not isinstance(value, float):
         return str(value)
@@ -383,10 +403,13 @@ def _number(value: Any) -> str:
 
 
 def _finish(result: dict[str, Any], file: Path | None) -> None:
-    """The figures with the machine they are of, as the last line and, if wanted, in a file."""
+    """The figures with the machine they are of: to the file, and as the last line of what no terminal shows."""
     record = {**result, "cpu": read_cpu_info().model_name, "cores": usable_cores()}
     record |= {"torch": version("torch"), "transformers": version("transformers"), "python": platform.python_version()}
     text = json.dumps(record)
     if file is not None:
         file.write_text(text + "\n", encoding="utf-8")
-    click.echo(text)
+    if not sys.stdout.isatty():
+        click.echo(text)
+    elif file is None:
+        OUT.print("[dim]all figures: --output-json FILE, or into a pipe[/dim]", highlight=False)

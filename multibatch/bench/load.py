@@ -19,6 +19,13 @@ from multibatch.sampling_params import RequestOutputKind, SamplingParams
 from multibatch.scheduled_step import ScheduledStep
 from multibatch.trace import RequestTimes, TraceRequest
 
+Progress = Callable[[str], object]
+"""Told of each run before it begins, in a few words. Not of every step: whoever draws must not take time from what is measured."""
+
+
+def unheard(_: str) -> None:
+    """Progress that nobody follows."""
+
 
 class ScriptedEngine(Engine):
     """An engine whose requests end when the load says, and not when the model does.

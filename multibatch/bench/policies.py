@@ -8,7 +8,7 @@ from typing import Any
 
 from multibatch.artifact import Artifact
 from multibatch.backends.base import LoadedPrograms
-from multibatch.bench.load import ScriptedEngine
+from multibatch.bench.load import Progress, ScriptedEngine, unheard
 from multibatch.bench.serve import predict_serve, run_serve, warm_programs
 from multibatch.config import EngineConfig
 from multibatch.errors import ConfigError
@@ -48,7 +48,7 @@ class PoliciesOptions:
     seed: int = 0
 
 
-def run_policies(artifact: Artifact, options: PoliciesOptions) -> dict[str, Any]:
+def run_policies(artifact: Artifact, options: PoliciesOptions, progress: Progress = unheard) -> dict[str, Any]:
     """Throughput of each policy for each kind of load, and the highest rate that keeps the targets.
 
     static: so many running sequences that the pool never overflows, whatever they declared; greedy: as many as the artifact
@@ -66,6 +66,7 @@ def run_policies(artifact: Artifact, options: PoliciesOptions) -> dict[str, Any]
     for load in LOADS:
         trace = _trace(artifact, load, options)
         for policy, config in configs.items():
+            progress(f"{load} load, {policy}")
             found = run_serve(artifact, trace, config, programs=programs, predict=True, seed=options.seed)
             predicted = found.pop("predicted")
             ratios = found.pop("predicted_over_measured")
@@ -78,11 +79,11 @@ def run_policies(artifact: Artifact, options: PoliciesOptions) -> dict[str, Any]
                     "predicted_over_measured": ratios,
                 }
             )
-    capacity = [
-        _capacity(artifact, load, policy, configs[policy], options, programs)
-        for load in LOADS
-        for policy in ("static", "dynamic")
-    ]
+    capacity = []
+    for load in LOADS:
+        for policy in ("static", "dynamic"):
+            progress(f"{load} load, {policy}: capacity")
+            capacity.append(_capacity(artifact, load, policy, configs[policy], options, programs))
     return {
         "model_id": artifact.manifest.model.id,
         "options": dataclasses.asdict(options),
@@ -93,7 +94,11 @@ def run_policies(artifact: Artifact, options: PoliciesOptions) -> dict[str, Any]
 
 
 def run_chunk_budget(
-    artifact: Artifact, options: PoliciesOptions, target_ms: float, request_rate: float
+    artifact: Artifact,
+    options: PoliciesOptions,
+    target_ms: float,
+    request_rate: float,
+    progress: Progress = unheard,
 ) -> list[dict[str, Any]]:
     """Inter-token times with the whole prefill budget in each step, and with one refined to keep `target_ms`."""
     trace = make_trace(
@@ -107,6 +112,7 @@ def run_chunk_budget(
     programs = warm_programs(artifact)
     rows = []
     for name, slo in {"fixed budget": -1.0, "refined budget": target_ms}.items():
+        progress(name)
         config = EngineConfig(enable_prefix_caching=False, slo_limits_for_dynamic_batch=slo)
         rows.append({"policy": name, **run_serve(artifact, trace, config, programs=programs, seed=options.seed)})
     return rows

@@ -15,7 +15,7 @@ from typing import Any
 
 from multibatch.artifact import Artifact
 from multibatch.backends.load import load_programs
-from multibatch.bench.load import ScriptedEngine, run_load
+from multibatch.bench.load import Progress, ScriptedEngine, run_load, unheard
 from multibatch.config import EngineConfig
 from multibatch.machine_rates import measure_roofline
 from multibatch.manifest import Manifest
@@ -46,6 +46,7 @@ def run_seeds(
     request_rate: float = float("inf"),
     repeats: int = 3,
     seed: int = 0,
+    progress: Progress = unheard,
 ) -> list[dict[str, Any]]:
     """Requests come at request_rate, or all at the start; their lengths are drawn from half to one and a half times the means.
 
@@ -64,8 +65,9 @@ def run_seeds(
     cases = [("static", size) for size in batch_sizes] + [("continuous", size) for size in batch_sizes if size > 1]
     runs: dict[tuple[str, int], list[dict[str, Any]]] = {case: [] for case in cases}
     rooflines = []
-    for _ in range(repeats):
+    for turn in range(repeats):
         for scheduler, size in cases:
+            progress(f"{scheduler}, {size} at once, run {turn + 1} of {repeats}")
             rooflines.append(measure_roofline(artifact.manifest))
             engine = ScriptedEngine(artifact, EngineConfig(max_num_seqs=size, enable_prefix_caching=False), programs)
             times = _run_groups(engine, trace, size) if scheduler == "static" else run_load(engine, trace)

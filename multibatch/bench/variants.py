@@ -22,11 +22,12 @@ from multibatch.artifact import Artifact
 from multibatch.backends.eager import EagerPrograms
 from multibatch.backends.flat_model import REFERENCE_ATTENTION, FlatDecoder
 from multibatch.backends.load import load_programs
+from multibatch.bench.load import Progress, unheard
 from multibatch.config import EngineConfig
 from multibatch.engine import Engine
 from multibatch.hardware import read_cpu_info, usable_cores
 from multibatch.machine_rates import measure_roofline
-from multibatch.manifest import Manifest
+from multibatch.manifest import Manifest, decoder_name
 from multibatch.metrics import ProgramUse
 from multibatch.roofline import Roofline, best_of
 from multibatch.sampling_params import SamplingParams
@@ -49,7 +50,9 @@ class BenchOptions:
     """Token ids to use instead of random ones."""
 
 
-def run_bench(artifact: Artifact, options: BenchOptions, reference: Any = None) -> dict[str, Any]:
+def run_bench(
+    artifact: Artifact, options: BenchOptions, reference: Any = None, progress: Progress = unheard
+) -> dict[str, Any]:
     """Tokens per second of each variant, and what the limit is.
 
     Args:
@@ -57,6 +60,7 @@ def run_bench(artifact: Artifact, options: BenchOptions, reference: Any = None) 
         options: the load.
         reference: the model in transformers, for two more variants: our engine over it, uncompiled ("eager"), and its
             own static `generate`. Or None.
+        progress: told of each run.
 
     Returns:
         A JSON-ready record with hardware and versions.
@@ -65,9 +69,10 @@ def run_bench(artifact: Artifact, options: BenchOptions, reference: Any = None) 
     variants = _variants(artifact, prompts, options.output_len, reference)
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     rooflines: list[Roofline] = []
-    for _ in range(options.repeats):
+    for turn in range(options.repeats):
         rooflines.append(measure_roofline(artifact.manifest))
         for name, run in variants.items():
+            progress(f"{name}, run {turn + 1} of {options.repeats}")
             runs[name].append(run())
     ladder = variants["ladder"]
     assert isinstance(ladder, _Serve)
@@ -160,9 +165,9 @@ def _range(values: Sequence[float]) -> dict[str, float] | None:
 def _use(manifest: Manifest, use: ProgramUse, roofline: Roofline) -> dict[str, Any]:
     """One program's calls, and how near they came to the limit (KV not counted)."""
     record = dataclasses.asdict(use)
-    spec = manifest.program(use.program)
-    if spec.kind == "decode":
-        limit = roofline.step_ms(manifest, [0] * spec.batch_size)
+    rungs = {decoder_name(size): size for size in manifest.decoder_batch_sizes}
+    if use.program in rungs:
+        limit = roofline.step_ms(manifest, [0] * rungs[use.program])
         record["share_of_limit"] = round(limit * use.num_calls / use.ms, 3)
     return record
 

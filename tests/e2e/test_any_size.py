@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -65,6 +66,18 @@ def test_inspect_shows_what_each_size_costs(any_size: Path, capsys: pytest.Captu
     shown = capsys.readouterr().out
     for line in ("step: 1 row ", "step: 5 rows", "step: 32 tokens"):
         assert line in shown
+
+
+def test_bench_measures_it(any_size: Path, tmp_path: Path) -> None:
+    figures = tmp_path / "figures.json"
+    load = ["--batch", "3", "--input-len", "9", "--output-len", "5", "--repeats", "1", "--no-reference"]
+    main(["bench", str(any_size), *load, "--output-json", str(figures)], standalone_mode=False)
+    record = json.loads(figures.read_text())
+    uses = {use["program"]: use for use in record["programs"]}
+    assert set(uses) == {"step", "decoder_batch_3"}
+    assert (uses["decoder_batch_3"]["num_live"], uses["decoder_batch_3"]["num_padded"]) == (4 * 3, 0)
+    assert uses["decoder_batch_3"]["share_of_limit"] > 0
+    assert record["ladder_over"].keys() == {"nearest", "pad_to_max", "batch_1"}
 
 
 def test_fixed_prefill_sizes_exclude_it(demo_model: Path, tmp_path: Path) -> None:

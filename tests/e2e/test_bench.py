@@ -111,6 +111,18 @@ def test_latency_and_throughput_have_vllms_fields(demo_artifact: Path, tmp_path:
     assert record["tokens_per_second"] * record["elapsed_time"] == pytest.approx(120)
 
 
+def test_a_terminal_shows_no_json_and_each_run_is_announced(demo_artifact: Path, tmp_path: Path) -> None:
+    command = ["bench", "seeds", demo_artifact, "--num-requests", "2", "--batch-sizes", "1,2", "--repeats", "1"]
+    typed = [sys.executable, "-m", "multibatch", *map(str, command), "--output-json", str(tmp_path / "seeds.json")]
+    code = f"import os, pty, sys; sys.exit(os.waitstatus_to_exitcode(pty.spawn({typed})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "continuous, 2 at once, run 1 of 1" in done.stdout
+    assert "continuous at 2 over one at a time" in done.stdout
+    assert '"rows"' not in done.stdout
+    assert len(json.loads((tmp_path / "seeds.json").read_text())["rows"]) == 3
+
+
 def test_a_prediction_follows_a_machine_that_has_changed_its_speed(calibrated: Path, tmp_path: Path) -> None:
     folder = tmp_path / "slow"
     shutil.copytree(calibrated, folder)
