@@ -11,9 +11,9 @@ import time
 import pytest
 import torch
 
+from benchmarks.attention_cases import Case, Shape
 from multibatch import ops, reference
 from multibatch.artifact import sha256_file
-from multibatch.reference import AttentionOptions, StepInputs
 from multibatch.sampler import chunk_maxima_of, first_maxima_of
 from multibatch_compile.operators import operator_library, targets
 from multibatch_compile.packing import pack
@@ -178,6 +178,10 @@ def test_embedding_reads_rows_of_a_packed_weight(dtype: torch.dtype) -> None:
         embed(torch.tensor([70]), pack(weight), None, 70, 33, dtype)
 
 
+# Head dimensions of keys and values: that fill vectors, that do not, and an odd one.
+HEADS = [(24, 40), (32, 32), (17, 24), (64, 80)]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("window", "softcap", "sinks"), [(0, 0.0, False), (7, 0.0, False), (0, 5.0, False), (40, 0.0, True)]
@@ -187,37 +191,46 @@ def test_attention_equals_the_reference(
     dtype: torch.dtype, window: int, softcap: float, sinks: bool, seed: int
 ) -> None:
     rng = random.Random(seed)
-    torch.manual_seed(seed)
-    kv_heads, group, dim, value_dim, size = rng.choice([1, 2]), rng.choice([1, 3, 7]), 24, rng.choice([24, 40]), 16
+    dim, value_dim = HEADS[seed]
+    heads = {"kv_heads": rng.choice([1, 2]), "group": rng.choice([1, 3, 7]), "dim": dim, "value_dim": value_dim}
+    shape = Shape(**heads, window=window, softcap=softcap, sinks=sinks, dtype=dtype)
     # Decode rows, chunks, an empty row, one row beyond a span of 256, and tokens that belong to nobody.
-    chunks = [(1, 1), (1, rng.randrange(2, 600)), (5, 9), (20, 300), (0, 1), (33, 33)]
-    tables, starts, slots, next_block = [], [0], [], 1
-    for count, length in chunks:
-        blocks = list(range(next_block, next_block - (-length // size)))
-        next_block += len(blocks)
-        slots += [blocks[p // size] * size + p % size for p in range(length - count, length)] if count else []
-        tables.append(blocks + [0] * (40 - len(blocks)))
-        starts.append(len(slots))
-    slots += [0] * 3
-    t, heads = len(slots), kv_heads * group
-    q = torch.randn(1, t, heads, dim).to(dtype).transpose(1, 2)
-    k = torch.randn(1, t, kv_heads, dim).to(dtype).transpose(1, 2)
-    v = torch.randn(1, kv_heads, t, value_dim).to(dtype)
-    keys = torch.randn(next_block, kv_heads, dim, size).to(dtype)
-    values = torch.randn(next_block, kv_heads, size, value_dim).to(dtype)
-    sink = torch.randn(heads) if sinks else None
-    ints = [torch.tensor(x, dtype=torch.int32) for x in (starts, tables, [length for _, length in chunks])]
-    step = StepInputs(torch.tensor(slots), *ints, [keys.clone()], [values.clone()])
-    options = AttentionOptions(0.2, window, softcap)
-    expected = reference.paged_attention(q, k, v, step, 0, options, sink)
-    out = torch.ops.multibatch.paged_attention(
-        q, k, v, keys, values, step.slot_mapping, *ints, sink, 0.2, window, softcap
+    rows = [(1, 1), (1, rng.randrange(2, 600)), (5, 9), (20, 300), (0, 1), (33, 33)]
+    case = Case(shape, rows, num_padded=3, seed=seed)
+    arguments = case.arguments()
+    out = torch.ops.multibatch.paged_attention(*arguments)
+    assert case.problems(out, *arguments[3:5]) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "value_dim"), HEADS)
+def test_a_position_has_the_same_bits_alone_and_in_a_chunk(dtype: torch.dtype, dim: int, value_dim: int) -> None:
+    shape = Shape(dim=dim, value_dim=value_dim, group=7, dtype=dtype)
+    case = Case(shape, [(45, 300)], num_padded=0)
+    query, key, value, keys, values, slots, _, tables, lengths, *options = case.arguments()
+    starts = torch.tensor([0, 45], dtype=torch.int32)
+    whole = torch.ops.multibatch.paged_attention(
+        query, key, value, keys, values, slots, starts, tables, lengths, *options
     )
-    assert float((out.float() - expected.float()).abs().max()) < 10 * TOLERANCE[dtype]
-    assert float(out[0, starts[-1] :].abs().max()) == 0.0
-    # Block 0 takes the tokens of nobody, in any order; the rest of the pool is written alike.
-    assert torch.equal(keys[1:], step.key_pools[0][1:])
-    assert torch.equal(values[1:], step.value_pools[0][1:])
+    for token in range(45):
+        one = slice(token, token + 1)
+        alone = torch.ops.multibatch.paged_attention(
+            *(x[:, :, one] for x in (query, key, value)),
+            *(keys, values, slots[one], starts.clamp(max=1), tables, lengths - 44 + token, *options),
+        )
+        assert torch.equal(alone[0, 0], whole[0, token])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("dim", "value_dim"), HEADS)
+def test_what_lies_behind_the_end_of_a_row_is_never_multiplied(dtype: torch.dtype, dim: int, value_dim: int) -> None:
+    case = Case(Shape(dim=dim, value_dim=value_dim, dtype=dtype), [(1, 19), (12, 35), (1, 300)], num_padded=0)
+    clean = torch.ops.multibatch.paged_attention(*case.arguments())
+    for row, (_, length) in enumerate([(1, 19), (12, 35), (1, 300)]):
+        last = int(case.block_tables[row, length // 16])
+        case.keys[last, :, :, length % 16 :] = torch.nan
+        case.values[last, :, length % 16 :] = torch.nan
+    assert torch.equal(torch.ops.multibatch.paged_attention(*case.arguments()), clean)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -34,6 +34,13 @@ inline void store_vector(void* to, V v) {
 // x - 0 and not 0 + x, which would be an addition: it turns -0 into 0.
 inline f32x16 splat(float x) { return x - f32x16{}; }
 
+// Whether pairs of bfloat16 are multiplied, and added to a float, by one instruction.
+#ifdef __AVX512BF16__
+constexpr bool kDotBf16 = true;
+#else
+constexpr bool kDotBf16 = false;
+#endif
+
 inline float to_float(float x) { return x; }
 inline float to_float(c10::BFloat16 x) { return static_cast<float>(x); }
 inline float to_float(c10::Half x) { return static_cast<float>(x); }
@@ -136,38 +143,59 @@ inline void floats_to(const float* from, c10::Half* to, int64_t n) {
   for (; i < n; ++i) to[i] = static_cast<c10::Half>(from[i]);
 }
 
-// e^x for x <= 0, within 2 ulp: Cephes' polynomial (Moshier, expf), as most vector libraries have it.
+// 2^n p, for whole numbers n from -173 to 0 and p from 0.7 to 1.5. Below what a float can hold: 0, or the nearest with AVX-512.
+inline f32x16 scale_by_power(f32x16 p, f32x16 n) {
+#ifdef __AVX512F__
+  return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  i32x16 bits = (__builtin_convertvector(n, i32x16) + 127) << 23;
+  f32x16 power = load_vector<f32x16>(&bits);
+  return n < -126.0f ? f32x16{} : p * power;
+#endif
+}
+
+// To nearest, for x <= 0.
+inline f32x16 round_nonpositive(f32x16 x) {
+#ifdef __AVX512F__
+  return (f32x16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
+#else
+  return __builtin_convertvector(__builtin_convertvector(x - 0.5f, i32x16), f32x16);  // the inner one truncates
+#endif
+}
+
+// e^x for x <= 0, within 2 ulp: Cephes' polynomial (Moshier, expf), as most vector libraries have it. 0 from -120 on.
 inline f32x16 exp_nonpositive(f32x16 x) {
-  const f32x16 lowest = splat(-87.0f);
-  i32x16 too_small = x < lowest;
-  x = too_small ? lowest : x;
-  f32x16 scaled = x * 1.44269504088896341f - 0.5f;
-  i32x16 n = __builtin_convertvector(scaled, i32x16);  // truncates; x <= 0, so this rounds to nearest
-  f32x16 fn = __builtin_convertvector(n, f32x16);
-  f32x16 r = x - fn * 0.693359375f + fn * 2.12194440e-4f;
+  x = x < -120.0f ? splat(-120.0f) : x;  // a NaN stays one
+  f32x16 n = round_nonpositive(x * 1.44269504088896341f);
+  f32x16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
   f32x16 p = splat(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
   p = p * r + 8.3334519073e-3f;
   p = p * r + 4.1665795894e-2f;
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  i32x16 bits = (n + 127) << 23;
-  f32x16 power;
-  std::memcpy(&power, &bits, 64);
-  return too_small ? f32x16{} : p * power;
+  p = p * (r * r) + (r + 1.0f);
+  return scale_by_power(p, n);
 }
 
 inline float sum(f32x16 v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float s = 0;
   for (int i = 0; i < 16; ++i) s += v[i];
   return s;
+#endif
 }
 
 inline float max(f32x16 v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)v);
+#else
   float m = v[0];
   for (int i = 1; i < 16; ++i) m = v[i] > m ? v[i] : m;
   return m;
+#endif
 }
 
 }  // namespace multibatch

@@ -408,23 +408,24 @@ std::vector<Tile> tiles_of(const Call& call) {
   return tiles;
 }
 
-// Gathers a tile's queries as [token, head of the group] rows, turned and scaled, with their positions.
+// Gathers a tile's queries as [token, head of the group] rows, turned, with their positions.
 template <typename T>
-Queries queries_of(const Call& call, const Tile& tile, const at::Tensor& query, Scratch& scratch) {
+Queries<Lane<T>> queries_of(const Call& call, const Tile& tile, const at::Tensor& query, Scratch& scratch) {
   const AttentionShape& s = call.shape;
   const T* q = reinterpret_cast<const T*>(query.const_data_ptr());
   const int64_t chunk = call.starts[tile.row + 1] - call.starts[tile.row];
-  int64_t rows = 0;
+  Lane<T>* const to = reinterpret_cast<Lane<T>*>(scratch.q.data());
+  int64_t rows = 0, lanes = lanes_of<Lane<T>>(s.head_dim);
   for (int64_t t = tile.token; t < tile.token + tile.num_tokens; ++t)
     for (int64_t g = 0; g < s.group(); ++g, ++rows) {
       const T* from = q + (tile.kv_head * s.group() + g) * query.stride(1) + t * query.stride(2);
-      float* to = scratch.q.data() + rows * s.head_dim;
-      head_to_floats(from, query.stride(3), to, s.head_dim);
-      call.rotate_token<T>(t, to);
-      for (int64_t d = 0; d < s.head_dim; ++d) to[d] *= s.scale;
+      float* row = scratch.row.data();
+      head_to_floats(from, query.stride(3), row, s.head_dim);
+      call.rotate_token<T>(t, row);
+      put_lanes(row, to + rows * lanes, s.head_dim);  // exact
       scratch.positions[rows] = call.lengths[tile.row] - chunk + (t - call.starts[tile.row]);
     }
-  return {scratch.q.data(), scratch.positions.data(), rows};
+  return {to, scratch.positions.data(), rows};
 }
 
 // Divides by the softmax sum (a sink adds to it, as in gpt-oss) and stores [1, T, H, D_v].
@@ -467,7 +468,7 @@ void attend_tiles(const Call& call, const at::Tensor& query, const T* key_pool, 
     static thread_local Scratch scratch;
     scratch.fit(s);
     const Tile& tile = tiles[i];
-    const Queries queries = queries_of<T>(call, tile, query, scratch);
+    const Queries<Lane<T>> queries = queries_of<T>(call, tile, query, scratch);
     const Blocks<T> blocks{key_pool, value_pool, call.tables + tile.row * s.max_blocks, tile.kv_head};
     auto attend = [&](int64_t span, Partial into) {
       attend_span(queries, blocks, span * kSpan, (span + 1) * kSpan, into, scratch, s);

@@ -32,12 +32,6 @@ constexpr int kMaxRows = 4;
 constexpr int kPrefetchBytes = 1024;
 #endif
 
-#ifdef __AVX512BF16__
-constexpr bool kDotBf16 = true;
-#else
-constexpr bool kDotBf16 = false;
-#endif
-
 // How a weight type is multiplied. A unit is the inputs that lie side by side in the packed weight; a lane is four
 // bytes of one row of x: a float, or as many inputs as one dot-product instruction takes.
 template <typename W>
@@ -275,12 +269,13 @@ void panel_rows_of(int rows, const LinearCall<W, T>& c, const Range& range, int6
 // else would rest while the second computes. Many: a block of rows by a few panels, over ranges that keep both in the
 // core's own caches. Short ranges cost: at each end the sums are put down and taken up.
 struct Tiling {
-  static constexpr int64_t kBlockGroups = 8, kBlockPanels = 2, kPairPanels = 2, kBlockChunks = 4;
+  static constexpr int64_t kBlockGroups = 8, kBlockPanels = 2, kPairPanels = 2, kBlockChunks = 4, kFewTiles = 64;
   Groups groups;
   int64_t panels, panels_per_tile, row_blocks;
   Tiling(int64_t m, int64_t n) : groups(m), panels((n + kPanel - 1) / kPanel) {
     panels_per_tile = groups.count == 1 ? 1 : groups.count == 2 ? kPairPanels : kBlockPanels;
     row_blocks = (groups.count + kBlockGroups - 1) / kBlockGroups;
+    if (tiles_are_long() && count() < kFewTiles) panels_per_tile = 1;  // the last tiles end together
   }
   bool tiles_are_long() const { return groups.count > 2; }
   // Units in a range of a block.

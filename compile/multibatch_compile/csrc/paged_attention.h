@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "numeric.h"
@@ -36,21 +37,37 @@ struct Partial {
   float* out;
 };
 
+// What of a query is multiplied at once, or of the weights of values: a float, or, with the instruction for it, a pair of
+// bfloat16. Such a pair takes two lines of keys or values: two dimensions, or two positions. Weights are rounded to bfloat16
+// for it, as FlashAttention does (Dao et al. 2022); their sum is not.
+template <typename T>
+using Lane = std::conditional_t<kDotBf16 && std::is_same_v<T, c10::BFloat16>, uint32_t, float>;
+
+template <typename Lane>
+constexpr int64_t kElements = std::is_same_v<Lane, uint32_t> ? 2 : 1;  // in a lane
+
+template <typename Lane>
+int64_t lanes_of(int64_t elements) {
+  return (elements + kElements<Lane> - 1) / kElements<Lane>;
+}
+
+template <typename Lane>
 struct Queries {
-  const float* q;            // [rows, head_dim], already scaled
+  const Lane* q;             // [rows, lanes_of(head_dim)]
   const int64_t* positions;  // [rows], ascending
   int64_t rows;
 };
 
 // Working memory of one thread, sized once per call.
 struct Scratch {
-  std::vector<float> keys, values, scores, q, state;
+  std::vector<float> keys, values, scores, q, row, state;
   std::vector<int64_t> positions;
   void fit(const AttentionShape& s) {
     keys.resize(s.head_dim * s.block_size);
     values.resize(s.block_size * s.value_stride());
     scores.resize(kTileRows * s.score_stride());
     q.resize(kTileRows * s.head_dim);
+    row.resize(s.head_dim);
     state.resize(2 * kTileRows * (s.value_stride() + 2));
     positions.resize(kTileRows);
   }
@@ -60,69 +77,58 @@ struct Scratch {
   }
 };
 
+// `count` lines of keys [head_dim, block_size] or values [num_keys, value_stride], `stride` elements apart, as the pool has them or
+// as `lanes_from` laid them out; and how many bytes behind them what is read next begins.
+template <typename E>
+struct Lines {
+  const E* data;
+  int64_t count, stride, ahead;
+};
+
 // Fetches what lies `ahead` bytes behind J vectors that are read now. Blocks lie anywhere in the pool, so the processor does
 // not do it by itself; and asked for a whole block at once, it waits for that before it computes.
-template <int J, typename T>
-inline void fetch_ahead(const T* vectors, int64_t ahead) {
-  for (size_t byte = 0; byte < J * 16 * sizeof(T); byte += 64)
+template <int J, typename E>
+inline void fetch_ahead(const E* vectors, int64_t ahead) {
+  for (size_t byte = 0; byte < J * 16 * sizeof(E); byte += 64)
     __builtin_prefetch(reinterpret_cast<const char*>(vectors) + ahead + byte);
 }
 
-// scores[R, 16 J] = q . keys for R rows and J vectors of positions at once: a key vector is loaded once for all rows, a
-// query's element once for all vectors, and sums of few rows do not wait for each other. K: as the pool stores them, or floats.
-template <int R, int J, typename K>
-inline void score_vectors(const float* q, const K* keys, int64_t ahead, float* scores, const AttentionShape& s) {
-  f32x16 acc[R][J] = {};
-  for (int64_t d = 0; d < s.head_dim; ++d) {
-    fetch_ahead<J>(keys + d * s.block_size, ahead);
-    f32x16 k[J];
-    for (int j = 0; j < J; ++j) k[j] = floats_of(keys + d * s.block_size + 16 * j);
+inline f32x16 multiply_add(float a, f32x16 b, f32x16 sum) { return sum + b * a; }
+
+#ifdef __AVX512BF16__
+inline f32x16 multiply_add(uint32_t pair, u32x16 pairs, f32x16 sum) {
+  return (f32x16)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(static_cast<int>(pair)), (__m512bh)pairs);
+}
+#endif
+
+// Sixteen elements of a line, and for pairs of the next line, or of zeros behind the last.
+template <typename Lane, typename E>
+inline auto vector_of(const E* line, const E* next) {
+  if constexpr (std::is_same_v<Lane, float>) {
+    return floats_of(line);
+  } else if constexpr (std::is_same_v<E, uint32_t>) {
+    return load_vector<u32x16>(line);
+  } else {
+    return widen(load_vector<u16x16>(line)) | widen(load_vector<u16x16>(next)) << 16;
+  }
+}
+
+// sums[R, 16 J] += a[R, lines] . b[lines, 16 J]: a vector of b is loaded once for all rows, a lane of a once for all vectors,
+// and sums of few rows do not wait for each other.
+template <int R, int J, typename Lane, typename E>
+inline void add_products(const Lane* a, int64_t a_stride, Lines<E> b, f32x16 (&sums)[R][J]) {
+  constexpr int64_t step = std::is_same_v<E, Lane> ? 1 : kElements<Lane>;  // lines
+  static const E zeros[16 * J] = {};
+  for (int64_t l = 0; l < b.count; l += step, ++a, b.data += step * b.stride) {
+    const E* next = l + 1 < b.count ? b.data + b.stride : zeros;
+    fetch_ahead<J>(b.data, b.ahead);
+    if constexpr (step == 2) fetch_ahead<J>(next, b.ahead);
+    decltype(vector_of<Lane>(next, next)) v[J];
+    for (int j = 0; j < J; ++j) v[j] = vector_of<Lane>(b.data + 16 * j, next + 16 * j);
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
-      for (int j = 0; j < J; ++j) acc[r][j] += k[j] * q[r * s.head_dim + d];
+      for (int j = 0; j < J; ++j) sums[r][j] = multiply_add(a[r * a_stride], v[j], sums[r][j]);
   }
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < J; ++j) store_vector(scores + r * s.score_stride() + 16 * j, acc[r][j]);
-}
-
-template <int R, typename K>
-inline void score_rows(const float* q, const K* keys, int64_t ahead, float* scores, const AttentionShape& s) {
-  int64_t j = 0;
-  for (; j + 32 <= s.block_size; j += 32) score_vectors<R, 2>(q, keys + j, ahead, scores + j, s);
-  if (j < s.block_size) score_vectors<R, 1>(q, keys + j, ahead, scores + j, s);
-}
-
-// The values of a block, `stride` elements from one position to the next; and how many bytes behind it the next block lies.
-template <typename V>
-struct Values {
-  const V* data;
-  int64_t stride, num_keys, ahead;
-};
-
-// out[R, 16 J] += scores . values, in the same way.
-template <int R, int J, typename V>
-inline void value_vectors(const float* scores, Values<V> values, float* out, const AttentionShape& s) {
-  const int64_t stride = s.value_stride(), score_stride = s.score_stride();
-  f32x16 acc[R][J];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < J; ++j) acc[r][j] = load_vector<f32x16>(out + r * stride + 16 * j);
-  for (int64_t k = 0; k < values.num_keys; ++k) {
-    fetch_ahead<J>(values.data + k * values.stride, values.ahead);
-    f32x16 v[J];
-    for (int j = 0; j < J; ++j) v[j] = floats_of(values.data + k * values.stride + 16 * j);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r)
-      for (int j = 0; j < J; ++j) acc[r][j] += v[j] * scores[r * score_stride + k];
-  }
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < J; ++j) store_vector(out + r * stride + 16 * j, acc[r][j]);
-}
-
-template <int R, typename V>
-inline void value_rows(const float* scores, Values<V> values, float* out, const AttentionShape& s) {
-  int64_t d = 0;
-  for (; d + 32 <= s.value_stride(); d += 32, values.data += 32) value_vectors<R, 2>(scores, values, out + d, s);
-  if (d < s.value_stride()) value_vectors<R, 1>(scores, values, out + d, s);
 }
 
 // Calls fn.template operator()<R>(first row) over all rows, eight at a time as long as there are so many.
@@ -134,12 +140,50 @@ inline void for_rows(int64_t rows, const F& fn, int64_t first = 0) {
   }
 }
 
+// Calls fn.template operator()<J>(first element) over `width` elements, a multiple of 16, 32 at a time.
+template <typename F>
+inline void for_vectors(int64_t width, const F& fn) {
+  int64_t j = 0;
+  for (; j + 32 <= width; j += 32) fn.template operator()<2>(j);
+  if (j < width) fn.template operator()<1>(j);
+}
+
+// Lays lines out as lanes, [lanes_of(count), width], for queries that are many.
+template <typename Lane, typename T>
+Lines<Lane> lanes_from(const Lines<T>& from, int64_t width, float* memory) {
+  Lane* const to = reinterpret_cast<Lane*>(memory);
+  static const T zeros[16] = {};
+  for (int64_t l = 0; l < lanes_of<Lane>(from.count); ++l) {
+    const T* line = from.data + l * kElements<Lane> * from.stride;
+    const bool has_next = l * kElements<Lane> + 1 < from.count;
+    for (int64_t j = 0; j < width; j += 16)
+      store_vector(to + l * width + j, vector_of<Lane>(line + j, has_next ? line + from.stride + j : zeros));
+  }
+  return {to, lanes_of<Lane>(from.count), width, 0};
+}
+
+// `n` floats as lanes.
+inline void put_lanes(const float* floats, float* lanes, int64_t n) { std::copy_n(floats, n, lanes); }
+
+inline void put_lanes(const float* floats, uint32_t* lanes, int64_t n) {
+  lanes[(n - 1) / 2] = 0;  // behind an odd number
+  floats_to(floats, reinterpret_cast<c10::BFloat16*>(lanes), n);
+}
+
+// Sixteen floats as lanes.
+inline void put_vector(f32x16 v, float* lanes) { store_vector(lanes, v); }
+
+#ifdef __AVX512BF16__
+inline void put_vector(f32x16 v, uint32_t* lanes) { store_vector(lanes, _mm512_cvtneps_pbh((__m512)v)); }
+#endif
+
 inline void apply_softcap(float* scores, int64_t n, float softcap) {
   for (int64_t i = 0; i < n; ++i) scores[i] = softcap * std::tanh(scores[i] / softcap);
 }
 
-// Turns one row's scores of a span, the first of them at position `start`, into weights. Positions outside [first, last]
-// weigh 0. Where none is seen the state stays as it is.
+// Turns one row's scores of a span, the first of them at position `start`, into weights, in the same memory and as lanes.
+// Positions outside [first, last] weigh 0. Where none is seen the state stays as it is.
+template <typename Lane>
 inline void softmax_row(float* scores, int64_t n, int64_t start, int64_t first, int64_t last, Partial state, int64_t r) {
   const float lowest = -std::numeric_limits<float>::infinity();
   const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -162,7 +206,7 @@ inline void softmax_row(float* scores, int64_t n, int64_t start, int64_t first, 
   f32x16 total{};
   for (int64_t j = 0; j < n; j += 16) {
     f32x16 p = exp_nonpositive(load_vector<f32x16>(scores + j) - top);
-    store_vector(scores + j, p);
+    put_vector(p, reinterpret_cast<Lane*>(scores) + lanes_of<Lane>(j));
     total += p;
   }
   state.max[r] = top;
@@ -189,59 +233,84 @@ inline int64_t bytes_between(const T* from, const T* to) {
   return reinterpret_cast<intptr_t>(to) - reinterpret_cast<intptr_t>(from);
 }
 
-// Scores of all queries against the blocks of positions [begin, end). Many queries share one conversion of a block to floats;
-// few convert as they read, and fetch meanwhile what is read next: a block of keys, then the first one of values.
+// Scores of all queries against the blocks of positions [begin, end). Many queries share one layout of a block as lanes; few
+// take it as it is, and fetch meanwhile what is read next: a block of keys, then the first one of values.
 template <typename T>
-void score_blocks(const Queries& queries, const Blocks<T>& blocks, int64_t begin, int64_t end, Scratch& scratch,
+void score_blocks(const Queries<Lane<T>>& queries, const Blocks<T>& blocks, int64_t begin, int64_t end, Scratch& scratch,
                   const AttentionShape& s) {
-  const int64_t bs = s.block_size, size = s.head_dim * bs;
-  auto score = [&](const auto* keys, int64_t ahead, int64_t start) {
-    for_rows(queries.rows, [&]<int R>(int64_t r) {
-      score_rows<R>(queries.q + r * s.head_dim, keys, ahead, scratch.scores.data() + r * s.score_stride() + start - begin, s);
-    });
-  };
+  const int64_t bs = s.block_size, lanes = lanes_of<Lane<T>>(s.head_dim), stride = s.score_stride();
   for (int64_t start = begin; start < end; start += bs) {
-    const T* keys = blocks.keys(start / bs, s);
+    auto score = [&](const auto& keys) {
+      for_rows(queries.rows, [&]<int R>(int64_t r) {
+        for_vectors(bs, [&]<int J>(int64_t j) {
+          f32x16 sums[R][J] = {};
+          auto some = keys;
+          some.data += j;
+          add_products(queries.q + r * lanes, lanes, some, sums);
+          float* out = scratch.scores.data() + r * stride + start - begin + j;
+          for (int i = 0; i < R; ++i)
+            for (int v = 0; v < J; ++v) store_vector(out + i * stride + 16 * v, sums[i][v] * s.scale);
+        });
+      });
+    };
+    const T* data = blocks.keys(start / bs, s);
+    const T* next = start + bs < end ? blocks.keys(start / bs + 1, s) : blocks.values(begin / bs, s);
+    const Lines<T> keys{data, s.head_dim, bs, bytes_between(data, next)};
     if (queries.rows > kFewRows) {
-      floats_from(keys, scratch.keys.data(), size);
-      score(scratch.keys.data(), 0, start);
+      score(lanes_from<Lane<T>>(keys, bs, scratch.keys.data()));
     } else {
-      const T* next = start + bs < end ? blocks.keys(start / bs + 1, s) : blocks.values(begin / bs, s);
-      score(keys, bytes_between(keys, next), start);
+      score(keys);
     }
   }
 }
 
+// The values of a block. Where they do not fill vectors, a copy of them that does.
+template <typename T>
+Lines<T> values_of(const Blocks<T>& blocks, int64_t start, int64_t end, const AttentionShape& s) {
+  const int64_t bs = s.block_size, count = std::min(bs, end - start), stride = s.value_stride();
+  const T* data = blocks.values(start / bs, s);
+  if (stride == s.value_dim)
+    return {data, count, stride, start + bs < end ? bytes_between(data, blocks.values(start / bs + 1, s)) : 0};
+  static thread_local std::vector<T> copy;
+  copy.assign(count * stride, T(0.0f));
+  for (int64_t k = 0; k < count; ++k) std::copy_n(data + k * s.value_dim, s.value_dim, copy.data() + k * stride);
+  return {copy.data(), count, stride, 0};
+}
+
 // Adds the values of these blocks, weighted, to the state.
 template <typename T>
-void add_values(const Queries& queries, const Blocks<T>& blocks, int64_t begin, int64_t end, Partial state,
-                Scratch& scratch, const AttentionShape& s) {
-  const int64_t stride = s.value_stride(), bs = s.block_size;
-  auto add = [&](auto values, int64_t start) {
-    for_rows(queries.rows, [&]<int R>(int64_t r) {
-      value_rows<R>(scratch.scores.data() + r * s.score_stride() + start - begin, values, state.out + r * stride, s);
-    });
-  };
-  for (int64_t start = begin; start < end; start += bs) {
-    const T* values = blocks.values(start / bs, s);
-    const int64_t num_keys = std::min(bs, end - start);
-    if (queries.rows <= kFewRows && stride == s.value_dim) {
-      const T* next = start + bs < end ? blocks.values(start / bs + 1, s) : values;
-      add(Values<T>{values, stride, num_keys, bytes_between(values, next)}, start);
-      continue;
+void add_values(int64_t rows, const Blocks<T>& blocks, int64_t begin, int64_t end, Partial state, Scratch& scratch,
+                const AttentionShape& s) {
+  const int64_t stride = s.value_stride();
+  const Lane<T>* weights = reinterpret_cast<const Lane<T>*>(scratch.scores.data());
+  for (int64_t start = begin; start < end; start += s.block_size) {
+    auto add = [&](const auto& values) {
+      for_rows(rows, [&]<int R>(int64_t r) {
+        for_vectors(stride, [&]<int J>(int64_t d) {
+          f32x16 sums[R][J];
+          float* out = state.out + r * stride + d;
+          for (int i = 0; i < R; ++i)
+            for (int v = 0; v < J; ++v) sums[i][v] = load_vector<f32x16>(out + i * stride + 16 * v);
+          auto some = values;
+          some.data += d;
+          add_products(weights + r * s.score_stride() + lanes_of<Lane<T>>(start - begin), s.score_stride(), some, sums);
+          for (int i = 0; i < R; ++i)
+            for (int v = 0; v < J; ++v) store_vector(out + i * stride + 16 * v, sums[i][v]);
+        });
+      });
+    };
+    const Lines<T> values = values_of(blocks, start, end, s);
+    if (rows > kFewRows) {
+      add(lanes_from<Lane<T>>(values, stride, scratch.values.data()));
+    } else {
+      add(values);
     }
-    for (int64_t j = 0; j < num_keys; ++j) {
-      float* to = scratch.values.data() + j * stride;
-      floats_from(values + j * s.value_dim, to, s.value_dim);
-      std::fill(to + s.value_dim, to + stride, 0.0f);
-    }
-    add(Values<float>{scratch.values.data(), stride, num_keys, 0}, start);
   }
 }
 
 // Attention of `queries` over positions [span_start, span_end) of one row and one KV head, into a fresh `state`.
 template <typename T>
-void attend_span(const Queries& queries, const Blocks<T>& blocks, int64_t span_start, int64_t span_end, Partial state,
+void attend_span(const Queries<Lane<T>>& queries, const Blocks<T>& blocks, int64_t span_start, int64_t span_end, Partial state,
                  Scratch& scratch, const AttentionShape& s) {
   const int64_t bs = s.block_size;
   std::fill(state.max, state.max + queries.rows, -std::numeric_limits<float>::infinity());
@@ -257,9 +326,9 @@ void attend_span(const Queries& queries, const Blocks<T>& blocks, int64_t span_s
     if (s.softcap != 0.0f) apply_softcap(row, num_scores, s.softcap);
     const int64_t position = queries.positions[r];
     const int64_t first = std::max(span_start, s.sliding_window ? position - s.sliding_window + 1 : 0);
-    softmax_row(row, num_scores, begin, first, std::min(position, span_end - 1), state, r);
+    softmax_row<Lane<T>>(row, num_scores, begin, first, std::min(position, span_end - 1), state, r);
   }
-  add_values(queries, blocks, begin, end, state, scratch, s);
+  add_values(queries.rows, blocks, begin, end, state, scratch, s);
 }
 
 // Adds the state of the next span to `total`, row by row. A span that saw nothing changes no bit.
