@@ -11,6 +11,7 @@ from safetensors import safe_open
 
 from multibatch import ops
 from multibatch.artifact import Artifact
+from multibatch.backends.program import Program, load_program
 from multibatch.batch import ProgramInputs
 from multibatch.errors import ArtifactCorruptError, IncompatibleError
 from multibatch.hardware import missing_isa, usable_cores
@@ -92,21 +93,19 @@ class InductorPrograms:
             if spec.file is not None and (wanted is None or spec.name in wanted)
         }
 
-    def _load(self, path: Path) -> torch._C._aoti.AOTIModelPackageLoader:
-        # Single-threaded: one call at a time, and no thread of the loader's own.
-        loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
-        names = loader.get_constant_fqns()
+    def _load(self, path: Path) -> Program:
+        program = load_program(path)
+        names = program.constant_names()
         # A program holds the model one level down, as `FlatDecoder.model`.
         missing = [name for name in names if name.removeprefix("model.") not in self._weights]
         if missing:
             raise ArtifactCorruptError(
                 f"{path}: asks for {', '.join(missing[:3])}, not in the weights; compile the model again"
             )
-        weights = {name: self._weights[name.removeprefix("model.")] for name in names}
-        loader.load_constants(weights, False, True, True)
-        return loader
+        program.set_constants({name: self._weights[name.removeprefix("model.")] for name in names})
+        return program
 
     def run(self, program: str, inputs: ProgramInputs, pool: KVPool) -> torch.Tensor:
         """See `base.LoadedPrograms.run`."""
-        logits: torch.Tensor = self._programs[program].boxed_run([*inputs.tensors(), *pool.keys, *pool.values])[0]
+        logits: torch.Tensor = self._programs[program].run([*inputs.tensors(), *pool.keys, *pool.values])[0]
         return logits

@@ -617,4 +617,5 @@ TORCH_LIBRARY_IMPL(multibatch, CompositeExplicitAutograd, library) {
   library.impl("peak_rate", multibatch::peak_rate);
 }
 
+#include "program.h"
 #include "shims.h"

@@ -1,0 +1,52 @@
+"""A compiled program in this process: its weights are given to it, and it runs without Python's lock."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+
+class Program(Protocol):
+    """What an AOTInductor package holds."""
+
+    def constant_names(self) -> list[str]:
+        """Of the weights that it asks for."""
+        ...
+
+    def set_constants(self, constants: Mapping[str, torch.Tensor]) -> None:
+        """Gives it every weight. They are not copied: whoever gives them keeps them for as long as it runs."""
+        ...
+
+    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        """Its outputs."""
+        ...
+
+
+def load_program(path: Path) -> Program:
+    """The program of a package, as the operator library runs it. Libraries built before December 2026 leave that to PyTorch."""
+    try:
+        kind = torch.classes.multibatch.Program
+    except RuntimeError:
+        return _LockedProgram(path)
+    program: Program = kind(str(path))
+    return program
+
+
+class _LockedProgram:
+    """By PyTorch's own binding, which keeps Python's lock while the program runs (pytorch/pytorch#197516)."""
+
+    def __init__(self, path: Path) -> None:
+        # Single-threaded: one call at a time, and no thread of the loader's own.
+        self._loader = torch._C._aoti.AOTIModelPackageLoader(str(path), "model", True, 1, -1)
+
+    def constant_names(self) -> list[str]:
+        return self._loader.get_constant_fqns()
+
+    def set_constants(self, constants: Mapping[str, torch.Tensor]) -> None:
+        self._loader.load_constants(dict(constants), False, True, True)
+
+    def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        return self._loader.boxed_run(inputs)
