@@ -28,8 +28,7 @@ class Timed:
 
     def __init__(self, programs: LoadedPrograms) -> None:
         self._programs = programs
-        self.own_threads, self.chunk_maxima = programs.own_threads, programs.chunk_maxima
-        self.first_maxima = programs.first_maxima
+        self.own_threads, self.passes = programs.own_threads, programs.passes
         self.seconds: list[float] = []
 
     def run(self, program: str, inputs: ProgramInputs, pool: KVPool) -> torch.Tensor:

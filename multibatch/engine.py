@@ -28,8 +28,9 @@ from multibatch.manifest import Manifest
 from multibatch.policies.build import build_policies
 from multibatch.request import FinishReason, Logprob, Request, RequestOutput, Sequence, resolve_seed
 from multibatch.runner import Runner
-from multibatch.sampler import RowLogprobs, SampledRows, Sampler, SamplingRow, row_logprobs
+from multibatch.sampler import RowLogprobs, SampledRows, Sampler, row_logprobs
 from multibatch.sampling_params import RequestOutputKind, SamplingParams
+from multibatch.sampling_row import SamplingRow
 from multibatch.scheduled_step import ScheduledStep
 from multibatch.scheduler import Scheduler, SchedulerConfig
 from multibatch.selector import Selector
@@ -86,7 +87,7 @@ class Engine:
         self._tokenizer_dir: Path | None = tokenizer_dir if tokenizer_dir.is_dir() else None
         self._tokenizer: Tokenizer | None = None
         self._constraints = Constraints(manifest.model, lambda: self.tokenizer)
-        self._sampler = Sampler(self._programs.chunk_maxima, self._programs.first_maxima)
+        self._sampler = Sampler(self._programs.passes)
         self._seed = config.seed
         self._num_requests = 0
         self._groups: dict[str, Group] = {}

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from multibatch.grammar import Matcher
 from multibatch.logits_masks import TokenRules
 from multibatch.request import CompletionOutput, Logprob, RequestMetrics, RequestOutput, Sequence
-from multibatch.sampler import SamplingRow
 from multibatch.sampling_params import RequestOutputKind, SamplingParams
+from multibatch.sampling_row import SamplingRow
 from multibatch.tokenizer import Detokenizer
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from multibatch.errors import ArtifactError, CapacityError
+from multibatch.logit_passes import LogitPasses
 
 PANEL = 32
 """Outputs of a packed weight that lie side by side."""
@@ -50,6 +51,7 @@ _LIBRARY.define(
 )
 _LIBRARY.define("chunk_maxima(Tensor scores, int chunk) -> Tensor")
 _LIBRARY.define("first_maxima(Tensor scores) -> Tensor")
+_LIBRARY.define("token_weights(Tensor logits, Tensor temperatures, Tensor peaks, int chunk, float scale) -> Tensor")
 _LIBRARY.define("set_num_threads(int num_threads) -> int")
 _LIBRARY.define("peak_rate(ScalarType weight, float seconds) -> float")
 
@@ -165,21 +167,18 @@ def implement_paged_attention(function: Callable[..., torch.Tensor], dispatch_ke
         _LIBRARY.impl("paged_attention", function, dispatch_key)
 
 
-def chunk_maxima(scores: torch.Tensor, chunk: int) -> torch.Tensor:
-    """`sampler.chunk_maxima_of` on the operators' threads: OpenMP's would spin beside them, on the same cores."""
-    maxima: torch.Tensor = torch.ops.multibatch.chunk_maxima(scores, chunk)
-    return maxima
+def logit_passes() -> LogitPasses:
+    """The sampler's passes on the operators' threads: OpenMP's would spin beside them, on the same cores.
 
-
-def first_maxima(scores: torch.Tensor) -> torch.Tensor:
-    """`sampler.first_maxima_of` on the operators' threads, in one pass; for libraries where `has_first_maxima`."""
-    found: torch.Tensor = torch.ops.multibatch.first_maxima(scores)
-    return found
-
-
-def has_first_maxima() -> bool:
-    """Whether the library that this process has loaded knows `first_maxima`; those built before November 2026 do not."""
-    return bool(torch._C._dispatch_has_kernel_for_dispatch_key("multibatch::first_maxima", "CPU"))
+    Libraries built before November 2026 do not know `first_maxima`, those before December `token_weights`.
+    """
+    known = torch._C._dispatch_has_kernel_for_dispatch_key
+    passes = torch.ops.multibatch
+    return LogitPasses(
+        passes.chunk_maxima,
+        passes.first_maxima if known("multibatch::first_maxima", "CPU") else None,
+        passes.token_weights if known("multibatch::token_weights", "CPU") else None,
+    )
 
 
 @contextmanager

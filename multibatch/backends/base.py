@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Protocol
 
@@ -10,6 +9,7 @@ import torch
 
 from multibatch.batch import ProgramInputs
 from multibatch.kv.pool import KVPool
+from multibatch.logit_passes import LogitPasses
 
 
 class LoadedPrograms(Protocol):
@@ -20,13 +20,8 @@ class LoadedPrograms(Protocol):
         ...
 
     @property
-    def chunk_maxima(self) -> Callable[[torch.Tensor, int], torch.Tensor] | None:
-        """The sampler's pass over the logits on this backend's threads; None: PyTorch's."""
-        ...
-
-    @property
-    def first_maxima(self) -> Callable[[torch.Tensor], torch.Tensor] | None:
-        """The sampler's search for the likeliest tokens on this backend's threads; None: by way of `chunk_maxima`."""
+    def passes(self) -> LogitPasses:
+        """What the sampler reads the logits with."""
         ...
 
     def run(self, program: str, inputs: ProgramInputs, pool: KVPool) -> torch.Tensor:

@@ -118,8 +118,7 @@ class CapturedPrograms:
         """
         if capture not in get_args(CaptureMode):
             raise ConfigError(f"capture is {capture!r}; allowed: {', '.join(get_args(CaptureMode))}")
-        self.chunk_maxima, self.first_maxima = programs.chunk_maxima, programs.first_maxima
-        self.own_threads = programs.own_threads
+        self.passes, self.own_threads = programs.passes, programs.own_threads
         self._programs, self._device, self._clock = programs, device, clock
         self._max_blocks, self._block_size, self._capture_mode = max_blocks, block_size, capture
         self._records = {size: CapturedSize(size) for size in sorted(sizes, reverse=True)}

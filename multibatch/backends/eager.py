@@ -16,6 +16,7 @@ from multibatch.backends.inductor import map_weights
 from multibatch.batch import ProgramInputs
 from multibatch.errors import ArtifactCorruptError
 from multibatch.kv.pool import KVPool
+from multibatch.logit_passes import LogitPasses
 
 
 def model_skeleton(config_dir: Path, dtype: torch.dtype) -> Any:
@@ -53,8 +54,7 @@ def assign_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
 class EagerPrograms:
     """The eager reference: one model for every batch size and chunk size."""
 
-    chunk_maxima = None
-    first_maxima = None
+    passes = LogitPasses()
     own_threads = contextlib.nullcontext
 
     def __init__(self, decoder: FlatDecoder) -> None:

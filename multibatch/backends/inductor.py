@@ -51,7 +51,6 @@ def best_library(manifest: Manifest, isa: Iterable[str]) -> OperatorLibrary:
 class InductorPrograms:
     """Programs of one artifact on a CPU."""
 
-    chunk_maxima = staticmethod(ops.chunk_maxima)
     own_threads = staticmethod(ops.one_torch_thread)
 
     def __init__(
@@ -84,7 +83,7 @@ class InductorPrograms:
                 stacklevel=4,
             )
         ops.set_num_threads(num_threads or cores)
-        self.first_maxima = ops.first_maxima if ops.has_first_maxima() else None
+        self.passes = ops.logit_passes()
         self._weights = map_weights(artifact.file(manifest.weights))
         wanted = None if only is None else set(only)
         self._programs = {

@@ -7,6 +7,7 @@ import random
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +15,11 @@ import torch
 from benchmarks.attention_cases import Case, Shape
 from multibatch import ops, reference
 from multibatch.artifact import sha256_file
-from multibatch.sampler import chunk_maxima_of, first_maxima_of
+from multibatch.logit_passes import chunk_maxima_of, first_maxima_of
+from multibatch.request import random_bits
+from multibatch.sampler import Sampler
+from multibatch.sampling_params import SamplingParams
+from multibatch.sampling_row import SamplingRow
 from multibatch_compile.operators import operator_library, targets
 from multibatch_compile.packing import pack
 
@@ -163,6 +168,77 @@ def test_first_maxima(dtype: torch.dtype, vocabulary: int) -> None:
     out = torch.ops.multibatch.first_maxima(scores)
     assert out.tolist() == first_maxima_of(scores, chunk_maxima_of(scores, 128)).tolist()
     assert out[1:6].tolist() == [-1, -1, -1, vocabulary - 1, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [1, 15, 16, 129, 20000])
+def test_token_weights(dtype: torch.dtype, vocabulary: int) -> None:
+    torch.manual_seed(vocabulary)
+    logits = (torch.randn(3, vocabulary) * 4).to(dtype)
+    logits[1, vocabulary // 2 :] = -torch.inf
+    logits[1, 0] = 1.0
+    temperatures = torch.tensor([0.7, 1.0, 2.5])
+    peaks = logits.float().amax(1) / temperatures
+    weights = torch.ops.multibatch.token_weights
+    each = weights(logits, temperatures, peaks, 1, 2.0**40)
+    exact = (logits.double() / temperatures[:, None].double() - peaks[:, None].double()).exp() * 2.0**40
+    # The exponent is a float near it, and so is its power.
+    assert torch.allclose(each.double(), exact, rtol=2e-5, atol=1.0)
+    assert int(each[1, vocabulary // 2 + 1 :].sum()) == 0
+    filled = torch.nn.functional.pad(each, (0, -vocabulary % 128))
+    assert torch.equal(weights(logits, temperatures, peaks, 128, 2.0**40), filled.view(3, -1, 128).sum(-1))
+    # A weight does not depend on where its logit lies, nor on the rows beside it.
+    last = weights(logits[2:, vocabulary - 1 :], temperatures[2:], peaks[2:], 1, 2.0**40)
+    assert int(last) == int(each[2, -1])
+
+
+def test_token_weights_refuse_what_does_not_fit() -> None:
+    logits, ones = torch.zeros(2, 5), torch.ones(2)
+    for wrong in (
+        (logits[0], ones, ones, 1),
+        (logits, ones[:1], ones, 1),
+        (logits, ones, ones.double(), 1),
+        (logits, ones, ones, 0),
+    ):
+        with pytest.raises(RuntimeError, match=r"token_weights: .*allowed"):
+            torch.ops.multibatch.token_weights(*wrong, 1.0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [1, 100, 128, 5000])
+def test_a_free_draw_is_the_inverse_of_the_running_sum_of_weights(dtype: torch.dtype, vocabulary: int) -> None:
+    torch.manual_seed(vocabulary)
+    logits = (torch.randn(6, vocabulary) * 3).to(dtype)
+    rows = [SamplingRow(params=SamplingParams(temperature=0.4 + 0.4 * i), seed=i, position=7 * i) for i in range(5)]
+    rows.append(SamplingRow(params=SamplingParams(temperature=0.0), seed=0, position=0))
+    sampler = Sampler(ops.logit_passes())
+    drawn = sampler.sample(logits, rows).token_ids
+    temperatures = torch.tensor([row.params.temperature or 1.0 for row in rows])
+    peaks = logits.float().amax(1) / temperatures
+    scale = 2.0 ** min(44, 62 - vocabulary.bit_length())
+    running = torch.ops.multibatch.token_weights(logits, temperatures, peaks, 1, scale).cumsum(1)
+    for i, row in enumerate(rows[:5]):
+        target = random_bits(row.seed, row.position) * int(running[i, -1]) >> 53
+        assert drawn[i] == int(torch.searchsorted(running[i], target, right=True))
+        assert sampler.sample(logits[i : i + 1], [row]).token_ids == [drawn[i]]
+    assert drawn[5] == int(logits[5].float().argmax())
+    # PyTorch's exponential differs in the last bit, so that a draw may fall on a neighbour, once in many thousands.
+    assert drawn == Sampler().sample(logits, rows).token_ids
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("vocabulary", [100, 128, 5000])
+@pytest.mark.parametrize("nats", [1.0, 5.0])
+def test_draws_of_the_operators_are_those_of_pytorch(dtype: torch.dtype, vocabulary: int, nats: float) -> None:
+    torch.manual_seed(vocabulary)
+    options: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 7}, {"top_k": 20, "top_p": 0.5}, {"min_p": 0.1}]
+    options += [{"temperature": 0.0}, {"repetition_penalty": 1.5}, {"top_p": 0.7, "min_p": 0.01}, {"temperature": 0.3}]
+    rows = [
+        SamplingRow(params=SamplingParams(**each), seed=i, position=i, output_token_ids=[1, 2])
+        for i, each in enumerate(options)
+    ]
+    logits = (torch.randn(len(rows), vocabulary) * nats).to(dtype)
+    assert Sampler(ops.logit_passes()).sample(logits, rows) == Sampler().sample(logits, rows)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -20,6 +20,7 @@ from multibatch.config import EngineConfig
 from multibatch.engine import Engine
 from multibatch.errors import ConfigError
 from multibatch.kv.pool import KVPool
+from multibatch.logit_passes import LogitPasses
 from multibatch.manifest import KVLayer, KVLayout, decoder_name
 from multibatch.sampling_params import SamplingParams
 from multibatch_compile.verify import chunk_of
@@ -31,8 +32,7 @@ BLOCK_SIZE, MAX_BLOCKS, VOCABULARY = 4, 3, 11
 class SummingPrograms:
     """Writes each token into the pool; the logits of a row add up what the pool holds of it. Counts its own calls."""
 
-    chunk_maxima = None
-    first_maxima = None
+    passes = LogitPasses()
     own_threads = contextlib.nullcontext
 
     def __init__(self) -> None:

@@ -14,6 +14,7 @@ from multibatch.batch import ProgramInputs
 from multibatch.config import EngineConfig
 from multibatch.engine import Engine
 from multibatch.kv.pool import KVPool
+from multibatch.logit_passes import LogitPasses
 
 
 def next_token(token: Any, position: Any, vocabulary: int) -> Any:
@@ -21,8 +22,7 @@ def next_token(token: Any, position: Any, vocabulary: int) -> Any:
 
 
 class PretendedPrograms:
-    chunk_maxima = None
-    first_maxima = None
+    passes = LogitPasses()
     own_threads = contextlib.nullcontext
 
     def __init__(self, vocabulary: int) -> None:

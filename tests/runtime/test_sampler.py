@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from multibatch.errors import StepError
 from multibatch.logits_masks import TokenRules
 from multibatch.request import Request, Sequence, random_bits
-from multibatch.sampler import Sampler, SamplingRow
+from multibatch.sampler import Sampler
 from multibatch.sampling_params import SamplingParams
+from multibatch.sampling_row import SamplingRow
 
 TOKENS = st.lists(st.integers(0, 19), max_size=12)
 
@@ -107,7 +108,7 @@ def test_the_draw_is_the_inverse_of_the_running_sum() -> None:
 
 @pytest.mark.parametrize(("bits", "expected"), [(0, 1), (2**52, 2**18), (2**53 - 1, 2**19 - 2)])
 def test_the_ends_of_the_random_numbers(bits: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("multibatch.sampler.random_bits", lambda seed, position: bits)
+    monkeypatch.setattr("multibatch.draws.random_bits", lambda seed, position: bits)
     logits = torch.zeros(1, 2**19)  # as many equal weights as come closest to the largest int64
     assert draw(logits, make_row(forbidden_token_ids=(0, 2**19 - 1))) == [expected]
 
