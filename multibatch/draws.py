@@ -1,6 +1,7 @@
 """Draws tokens from logits: temperature, min_p, top_k, top_p and one random number a row.
 
-Exponentials are turned into whole numbers, so that no order of summation can change a sum.
+Exponentials are turned into whole numbers, so that no order of summation can change a sum. With PyTorch they are taken on a tensor
+of the row's own, since one may round otherwise by where a number lies; the operator `draw_tokens` does the same on all threads.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Final
 import torch
 
 from multibatch.errors import StepError
-from multibatch.logit_passes import CHUNK, LogitPasses, TokenWeights, chunk_members, first_maxima_of
+from multibatch.logit_passes import CHUNK, DrawTokens, LogitPasses, first_maxima_of
 from multibatch.request import random_bits
 from multibatch.sampling_row import SamplingRow
 
@@ -29,19 +30,16 @@ Found = tuple[torch.Tensor, torch.Tensor]
 
 
 class Scores:
-    """One row's logits over its temperature, and the weights that follow; only what is asked for is computed."""
+    """One row's logits over its temperature; only what is asked for is computed."""
 
-    def __init__(
-        self, logits: torch.Tensor, temperature: torch.Tensor, maxima: torch.Tensor, token_weights: TokenWeights | None
-    ) -> None:
-        """Of logits [1, V], whole chunks; temperature float32[1]; maxima of the chunks of scores, float32[V / CHUNK]."""
-        self.maxima, self.peak, self.count = maxima, maxima.max(), logits.shape[1]
-        self._logits, self._temperature, self._token_weights = logits, temperature, token_weights
-        self._scale = 2.0 ** _weight_bits(self.count)
+    def __init__(self, logits: torch.Tensor, temperature: torch.Tensor, maxima: torch.Tensor) -> None:
+        """Of logits [V], whole chunks; a temperature, float32; and the maxima of the chunks of scores, float32[V / CHUNK]."""
+        self.maxima, self.peak, self.count = maxima, maxima.max(), logits.shape[0]
+        self._logits, self._temperature = logits, temperature
 
     def all(self) -> torch.Tensor:
         """float32[V]."""
-        return self._logits[0].float() / self._temperature
+        return self._logits.float() / self._temperature
 
     def chunks(self, chunks: torch.Tensor) -> torch.Tensor:
         """Those of some chunks, int64[c] -> float32[c, CHUNK]."""
@@ -49,17 +47,8 @@ class Scores:
 
     def weights(self, found: Found | None = None) -> torch.Tensor:
         """Of what was found, or of all: exp(score - peak) as whole numbers, int64[k]."""
-        if self._token_weights is None:
-            scores = self.all() if found is None else found[1]
-            return (scores - self.peak).exp_().mul_(self._scale).long()
-        logits = self._logits if found is None else self._logits[:, found[0]]
-        return self._token_weights(logits, self._temperature, self.peak[None], 1, self._scale)[0]
-
-    def total_weight(self) -> int:
-        """The sum of all weights."""
-        if self._token_weights is None:
-            return int(self.weights().sum())
-        return int(self._token_weights(self._logits, self._temperature, self.peak[None], CHUNK, self._scale).sum())
+        scores = self.all() if found is None else found[1]
+        return (scores - self.peak).exp_().mul_(_scale(self.count)).long()
 
 
 def checked(found: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
@@ -79,49 +68,33 @@ def checked(found: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
 
 def draw(logits: torch.Tensor, rows: Sequence[SamplingRow], passes: LogitPasses) -> list[int]:
     """Draws from [n, V], each row by its own temperature, min_p, top_k and top_p."""
+    if passes.draw_tokens is not None:
+        return checked(_draw_by(passes.draw_tokens, logits, rows), rows)
     logits = whole_chunks(logits)
     maxima = passes.chunk_maxima(logits, CHUNK)
     found = first_maxima_of(logits, maxima)
-    temperatures = torch.tensor(
-        [1.0 if row.params.is_greedy else row.params.temperature for row in rows], device=logits.device
-    )
+    given = [1.0 if row.params.is_greedy else row.params.temperature for row in rows]
+    temperatures = torch.tensor(given, device=logits.device)
     maxima = maxima.float() / temperatures[:, None]
+    # A logit over a small temperature may be infinite.
     token_ids = checked(torch.where(torch.isfinite(maxima.amax(1)), found, -1), rows)
     for i, row in enumerate(rows):
         if not row.params.is_greedy:
-            one = slice(i, i + 1)
-            token_ids[i] = _draw_row(Scores(logits[one], temperatures[one], maxima[i], passes.token_weights), row)
+            token_ids[i] = _draw_row(Scores(logits[i], temperatures[i], maxima[i]), row)
     return token_ids
 
 
-def draw_free(logits: torch.Tensor, peaks: torch.Tensor, rows: Sequence[SamplingRow], passes: LogitPasses) -> list[int]:
-    """As `draw`, for rows with a temperature and nothing else: first a chunk is drawn, then a token of it.
-
-    Args:
-        logits: [n, V].
-        peaks: int64[n], the likeliest token of each.
-        rows: n of them.
-        passes: with `token_weights`.
-    """
-    assert passes.token_weights is not None
-    vocabulary = logits.shape[1]
-    scale = 2.0 ** _weight_bits(vocabulary)
-    temperatures = torch.tensor([row.params.temperature for row in rows], device=logits.device)
-    highest = logits.gather(1, peaks[:, None])[:, 0].float() / temperatures
-    checked(torch.where(torch.isfinite(highest), peaks, -1), rows)  # a logit over a small temperature may be infinite
-    sums = passes.token_weights(logits, temperatures, highest, CHUNK, scale)
-    running = sums.cumsum(1)
-    totals: list[int] = running[:, -1].tolist()
-    drawn = [random_bits(row.seed, row.position) * total >> 53 for row, total in zip(rows, totals, strict=True)]
-    targets = torch.tensor(drawn, device=logits.device)[:, None]
-    chunks = torch.searchsorted(running, targets, right=True)
-    members = chunk_members(chunks[:, 0])
-    inside = logits.gather(1, members.clamp(max=vocabulary - 1)).masked_fill_(members >= vocabulary, -math.inf)
-    weights = passes.token_weights(inside, temperatures, highest, 1, scale)
-    before = running.gather(1, chunks) - sums.gather(1, chunks)
-    places = torch.searchsorted(weights.cumsum(1), targets - before, right=True)
-    token_ids: list[int] = members.gather(1, places)[:, 0].tolist()
-    return token_ids
+def _draw_by(draw_tokens: DrawTokens, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+    params = [row.params for row in rows]
+    return draw_tokens(
+        logits,
+        torch.tensor([0.0 if p.is_greedy else p.temperature for p in params]),
+        torch.tensor([p.top_k for p in params]),
+        torch.tensor([p.top_p for p in params], dtype=torch.float64),
+        torch.tensor([math.log(p.min_p) if p.min_p > 0.0 else -math.inf for p in params], dtype=torch.float64),
+        torch.tensor([random_bits(row.seed, row.position) for row in rows]),
+        _scale(logits.shape[1]),
+    )
 
 
 def _draw_row(scores: Scores, row: SamplingRow) -> int:
@@ -144,11 +117,12 @@ def _draw_row(scores: Scores, row: SamplingRow) -> int:
 
 def _nucleus_of_all(scores: Scores, top_p: float) -> tuple[Found | None, torch.Tensor]:
     """The tokens to draw from (None: all) and their weights, where top_p alone restricts them."""
-    needed = math.ceil(top_p * scores.total_weight())
+    everything = scores.weights()
+    needed = math.ceil(top_p * int(everything.sum()))
     found = likeliest(scores, _HEAD, -math.inf)
     weights = scores.weights(found)
-    if found is not None and int(weights.sum()) < needed:
-        found, weights = None, scores.weights()
+    if int(weights.sum()) < needed:
+        found, weights = None, everything
     _cut_nucleus(weights, scores.all() if found is None else found[1], scores.peak, needed)
     return found, weights
 
@@ -200,6 +174,6 @@ def whole_chunks(logits: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.pad(logits, (0, missing), value=-math.inf) if missing else logits
 
 
-def _weight_bits(vocabulary: int) -> int:
-    """So many that no sum of weights exceeds int64."""
-    return min(_WEIGHT_BITS, 62 - vocabulary.bit_length())
+def _scale(vocabulary: int) -> float:
+    """By what exponentials are multiplied, so that no sum of weights exceeds int64."""
+    return float(2 ** min(_WEIGHT_BITS, 62 - vocabulary.bit_length()))

@@ -35,9 +35,12 @@ def first_maxima_of(scores: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isfinite(inside.gather(1, best)), members.gather(1, best), -1).flatten()
 
 
-TokenWeights = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, int, float], torch.Tensor]
-"""Logits [n, V], temperatures float32[n], peaks float32[n], chunk, scale -> int64[n, ceil(V / chunk)]: over each chunk the sum
-of exp(logit / temperature - peak) * scale, each rounded down."""
+DrawTokens = Callable[
+    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor
+]
+"""Logits [n, V], and of each row temperature float32[n] (0: the first of the highest), top_k int64[n] (0 or less: all), top_p float64[n],
+the logarithm of min_p float64[n], 53 random bits int64[n]; and by what the exponentials are multiplied before they are rounded
+down -> the tokens that `draws.draw` gives, int64[n], -1 where the highest score is no finite number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,7 @@ class LogitPasses:
     chunk_maxima: Callable[[torch.Tensor, int], torch.Tensor] = chunk_maxima_of
     first_maxima: Callable[[torch.Tensor], torch.Tensor] | None = None
     """As `first_maxima_of`; None: by way of `chunk_maxima`."""
-    token_weights: TokenWeights | None = None
+    draw_tokens: DrawTokens | None = None
     """None: PyTorch, row by row."""
 
     def highest(self, scores: torch.Tensor) -> torch.Tensor:

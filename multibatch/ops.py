@@ -51,7 +51,10 @@ _LIBRARY.define(
 )
 _LIBRARY.define("chunk_maxima(Tensor scores, int chunk) -> Tensor")
 _LIBRARY.define("first_maxima(Tensor scores) -> Tensor")
-_LIBRARY.define("token_weights(Tensor logits, Tensor temperatures, Tensor peaks, int chunk, float scale) -> Tensor")
+_LIBRARY.define(
+    "draw_tokens(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor log_min_p, Tensor random,"
+    " float scale) -> Tensor"
+)
 _LIBRARY.define("set_num_threads(int num_threads) -> int")
 _LIBRARY.define("peak_rate(ScalarType weight, float seconds) -> float")
 
@@ -170,14 +173,14 @@ def implement_paged_attention(function: Callable[..., torch.Tensor], dispatch_ke
 def logit_passes() -> LogitPasses:
     """The sampler's passes on the operators' threads: OpenMP's would spin beside them, on the same cores.
 
-    Libraries built before November 2026 do not know `first_maxima`, those before December `token_weights`.
+    Libraries built before November 2026 do not know `first_maxima`, those before December `draw_tokens`.
     """
     known = torch._C._dispatch_has_kernel_for_dispatch_key
     passes = torch.ops.multibatch
     return LogitPasses(
         passes.chunk_maxima,
         passes.first_maxima if known("multibatch::first_maxima", "CPU") else None,
-        passes.token_weights if known("multibatch::token_weights", "CPU") else None,
+        passes.draw_tokens if known("multibatch::draw_tokens", "CPU") else None,
     )
 
 

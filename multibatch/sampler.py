@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from multibatch.draws import Scores, checked, draw, draw_free, likeliest, whole_chunks
+from multibatch.draws import Scores, checked, draw, likeliest, whole_chunks
 from multibatch.errors import StepError
 from multibatch.logit_passes import CHUNK, LogitPasses, chunk_maxima_of
 from multibatch.logits_masks import barrier
@@ -71,44 +71,29 @@ class Sampler:
             )
         if not rows:
             return SampledRows([], [])
-        found = self._passes.highest(logits)
-        token_ids = checked(found, rows)
+        token_ids = checked(self._passes.highest(logits), rows)
         logprobs: list[RowLogprobs | None] = [None] * len(rows)
-        changed = [i for i, row in enumerate(rows) if not row.is_plain]
+        drawn = [i for i, row in enumerate(rows) if not row.is_plain]
         asked = [i for i, row in enumerate(rows) if row.params.logprobs is not None]
-        if changed or asked:
+        if drawn or asked:
             with torch.inference_mode():
-                self._draw_changed(logits, found, rows, changed, token_ids)
+                for i, token_id in self._drawn(logits, rows, drawn):
+                    token_ids[i] = token_id
                 for i in asked:
                     logprobs[i] = row_logprobs(logits[i], token_ids[i], rows[i].params.logprobs or 0)
         return SampledRows(token_ids, logprobs)
 
-    def _draw_changed(
-        self,
-        logits: torch.Tensor,
-        peaks: torch.Tensor,
-        rows: Sequence[SamplingRow],
-        changed: list[int],
-        token_ids: list[int],
-    ) -> None:
-        """Draws for the rows at `changed`, kind by kind, and puts their ids in their places."""
-        groups: dict[str, list[int]] = {}
-        for i in changed:
-            groups.setdefault(self._kind(rows[i]), []).append(i)
-        for kind, places in groups.items():
-            all_rows = len(places) == len(rows)
-            scores, mine = logits if all_rows else logits[places], [rows[i] for i in places]
-            if kind == "free":
-                drawn = draw_free(scores, peaks if all_rows else peaks[places], mine, self._passes)
-            else:
-                drawn = draw(scores if kind == "unchanged" else _changed(scores, mine), mine, self._passes)
-            for i, token_id in zip(places, drawn, strict=True):
-                token_ids[i] = token_id
-
-    def _kind(self, row: SamplingRow) -> str:
-        if row.is_free and self._passes.token_weights is not None:
-            return "free"
-        return "unchanged" if row.is_unchanged else "changed"
+    def _drawn(
+        self, logits: torch.Tensor, rows: Sequence[SamplingRow], drawn: Sequence[int]
+    ) -> Iterator[tuple[int, int]]:
+        """Places and tokens of the rows at `drawn`: those whose logits count as they came, then the others."""
+        for is_unchanged in (True, False):
+            places = [i for i in drawn if rows[i].is_unchanged is is_unchanged]
+            if not places:
+                continue
+            scores, mine = logits if len(places) == len(rows) else logits[places], [rows[i] for i in places]
+            token_ids = draw(scores if is_unchanged else _changed(scores, mine), mine, self._passes)
+            yield from zip(places, token_ids, strict=True)
 
 
 def _changed(logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
@@ -156,7 +141,7 @@ def row_logprobs(logits: torch.Tensor, token_id: int, top: int) -> RowLogprobs:
     if top != 0:
         wanted = vocabulary if top == -1 else min(top, vocabulary)
         filled = whole_chunks(logprobs[None])
-        scores = Scores(filled, torch.ones(1), chunk_maxima_of(filled, CHUNK)[0], None)
+        scores = Scores(filled[0], torch.tensor(1.0), chunk_maxima_of(filled, CHUNK)[0])
         found, likely = likeliest(scores, wanted, -math.inf) or (torch.arange(scores.count), filled[0])
         likely, order = likely.sort(descending=True, stable=True)
         others = found[order][:wanted].tolist()

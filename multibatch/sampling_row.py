@@ -41,18 +41,6 @@ class SamplingRow:
         return self.params.is_greedy and self.is_unchanged
 
     @property
-    def is_free(self) -> bool:
-        """Whether the row may draw any token, by the logits as they came and a temperature."""
-        params = self.params
-        return (
-            not params.is_greedy
-            and params.top_k <= 0
-            and params.top_p >= 1.0
-            and params.min_p == 0.0
-            and self.is_unchanged
-        )
-
-    @property
     def is_unchanged(self) -> bool:
         """Whether the logits count as they came."""
         return (

@@ -16,7 +16,6 @@ from benchmarks.attention_cases import Case, Shape
 from multibatch import ops, reference
 from multibatch.artifact import sha256_file
 from multibatch.logit_passes import chunk_maxima_of, first_maxima_of
-from multibatch.request import random_bits
 from multibatch.sampler import Sampler
 from multibatch.sampling_params import SamplingParams
 from multibatch.sampling_row import SamplingRow
@@ -170,75 +169,63 @@ def test_first_maxima(dtype: torch.dtype, vocabulary: int) -> None:
     assert out[1:6].tolist() == [-1, -1, -1, vocabulary - 1, 0]
 
 
+def draw_tokens(logits: torch.Tensor, bits: list[int], temperature: float = 1.0, scale: float = 2.0**40) -> list[int]:
+    """One row of logits, as many draws as there are random bits; nothing but the temperature restricts them."""
+    n = len(bits)
+    doubles = torch.ones(n, dtype=torch.float64)
+    integers = torch.zeros(n, dtype=torch.int64), torch.tensor(bits)
+    options = (torch.full((n,), temperature), integers[0], doubles, -torch.inf * doubles, integers[1])
+    found: list[int] = torch.ops.multibatch.draw_tokens(logits.expand(n, -1), *options, scale).tolist()
+    return found
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [1, 15, 16, 129, 20000])
-def test_token_weights(dtype: torch.dtype, vocabulary: int) -> None:
+def test_draws_are_the_inverse_of_the_running_sum(dtype: torch.dtype, vocabulary: int) -> None:
     torch.manual_seed(vocabulary)
-    logits = (torch.randn(3, vocabulary) * 4).to(dtype)
-    logits[1, vocabulary // 2 :] = -torch.inf
-    logits[1, 0] = 1.0
-    temperatures = torch.tensor([0.7, 1.0, 2.5])
-    peaks = logits.float().amax(1) / temperatures
-    weights = torch.ops.multibatch.token_weights
-    each = weights(logits, temperatures, peaks, 1, 2.0**40)
-    exact = (logits.double() / temperatures[:, None].double() - peaks[:, None].double()).exp() * 2.0**40
-    # The exponent is a float near it, and so is its power.
-    assert torch.allclose(each.double(), exact, rtol=2e-5, atol=1.0)
-    assert int(each[1, vocabulary // 2 + 1 :].sum()) == 0
-    filled = torch.nn.functional.pad(each, (0, -vocabulary % 128))
-    assert torch.equal(weights(logits, temperatures, peaks, 128, 2.0**40), filled.view(3, -1, 128).sum(-1))
-    # A weight does not depend on where its logit lies, nor on the rows beside it.
-    last = weights(logits[2:, vocabulary - 1 :], temperatures[2:], peaks[2:], 1, 2.0**40)
-    assert int(last) == int(each[2, -1])
+    logits = (torch.randn(vocabulary) * 3).to(dtype)
+    logits[1::3] = -torch.inf
+    shares = (logits.double() / 0.7).softmax(0).cumsum(0)
+    uniforms = [0.0, 0.25, 0.5, 0.9, 0.999, 1 - 2**-53]
+    drawn = draw_tokens(logits, [int(u * 2**53) for u in uniforms], 0.7)
+    for token, u in zip(drawn, uniforms, strict=True):
+        # An exponent is a float near the exact one, and so is its power.
+        assert float(shares[token]) > u - 1e-5
+        assert (0.0 if token == 0 else float(shares[token - 1])) < u + 1e-5
+        assert torch.isfinite(logits[token])
 
 
-def test_token_weights_refuse_what_does_not_fit() -> None:
-    logits, ones = torch.zeros(2, 5), torch.ones(2)
-    for wrong in (
-        (logits[0], ones, ones, 1),
-        (logits, ones[:1], ones, 1),
-        (logits, ones, ones.double(), 1),
-        (logits, ones, ones, 0),
-    ):
-        with pytest.raises(RuntimeError, match=r"token_weights: .*allowed"):
-            torch.ops.multibatch.token_weights(*wrong, 1.0)
+def test_a_row_without_a_finite_maximum_has_no_draw() -> None:
+    for wrong in (torch.inf, torch.nan):
+        assert draw_tokens(torch.tensor([1.0, wrong, 2.0]), [5]) == [-1]
+    assert draw_tokens(torch.full((3,), -torch.inf), [5]) == [-1]
+    assert draw_tokens(torch.tensor([3e38, 0.0]), [5], temperature=0.01) == [-1]
+
+
+def test_draws_refuse_options_that_do_not_fit() -> None:
+    with pytest.raises(RuntimeError, match=r"draw_tokens: logits .*allowed: \[n, V\]"):
+        torch.ops.multibatch.draw_tokens(torch.zeros(3), *[torch.zeros(3)] * 5, 1.0)
+    with pytest.raises(RuntimeError, match=r"draw_tokens: options .*one for each of 2 rows"):
+        torch.ops.multibatch.draw_tokens(torch.zeros(2, 3), *[torch.zeros(3)] * 5, 1.0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [1, 100, 128, 5000])
-def test_a_free_draw_is_the_inverse_of_the_running_sum_of_weights(dtype: torch.dtype, vocabulary: int) -> None:
-    torch.manual_seed(vocabulary)
-    logits = (torch.randn(6, vocabulary) * 3).to(dtype)
-    rows = [SamplingRow(params=SamplingParams(temperature=0.4 + 0.4 * i), seed=i, position=7 * i) for i in range(5)]
-    rows.append(SamplingRow(params=SamplingParams(temperature=0.0), seed=0, position=0))
-    sampler = Sampler(ops.logit_passes())
-    drawn = sampler.sample(logits, rows).token_ids
-    temperatures = torch.tensor([row.params.temperature or 1.0 for row in rows])
-    peaks = logits.float().amax(1) / temperatures
-    scale = 2.0 ** min(44, 62 - vocabulary.bit_length())
-    running = torch.ops.multibatch.token_weights(logits, temperatures, peaks, 1, scale).cumsum(1)
-    for i, row in enumerate(rows[:5]):
-        target = random_bits(row.seed, row.position) * int(running[i, -1]) >> 53
-        assert drawn[i] == int(torch.searchsorted(running[i], target, right=True))
-        assert sampler.sample(logits[i : i + 1], [row]).token_ids == [drawn[i]]
-    assert drawn[5] == int(logits[5].float().argmax())
-    # PyTorch's exponential differs in the last bit, so that a draw may fall on a neighbour, once in many thousands.
-    assert drawn == Sampler().sample(logits, rows).token_ids
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("vocabulary", [100, 128, 5000])
-@pytest.mark.parametrize("nats", [1.0, 5.0])
+@pytest.mark.parametrize("nats", [0.0, 1.0, 5.0])
 def test_draws_of_the_operators_are_those_of_pytorch(dtype: torch.dtype, vocabulary: int, nats: float) -> None:
     torch.manual_seed(vocabulary)
     options: list[dict[str, Any]] = [{}, {"top_p": 0.9}, {"top_k": 7}, {"top_k": 20, "top_p": 0.5}, {"min_p": 0.1}]
     options += [{"temperature": 0.0}, {"repetition_penalty": 1.5}, {"top_p": 0.7, "min_p": 0.01}, {"temperature": 0.3}]
+    options += [{"temperature": 0.0, "repetition_penalty": 1.2}, {"top_k": 100000}, {"top_p": 1e-6}, {"top_k": 1}]
     rows = [
         SamplingRow(params=SamplingParams(**each), seed=i, position=i, output_token_ids=[1, 2])
         for i, each in enumerate(options)
     ]
     logits = (torch.randn(len(rows), vocabulary) * nats).to(dtype)
-    assert Sampler(ops.logit_passes()).sample(logits, rows) == Sampler().sample(logits, rows)
+    operators = Sampler(ops.logit_passes())
+    assert operators.sample(logits, rows) == Sampler().sample(logits, rows)
+    alone = [operators.sample(logits[i : i + 1], [row]).token_ids[0] for i, row in enumerate(rows)]
+    assert alone == operators.sample(logits, rows).token_ids
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -281,26 +281,27 @@ at::Tensor first_maxima(const at::Tensor& scores) {
   return out;
 }
 
-at::Tensor token_weights(const at::Tensor& logits, const at::Tensor& temperatures, const at::Tensor& peaks, int64_t chunk,
-                         double scale) {
-  const int64_t n = logits.size(0), V = logits.dim() == 2 ? logits.size(1) : 0, stride = logits.stride(0);
-  TORCH_CHECK(logits.dim() == 2 && (V <= 1 || logits.stride(1) == 1) && chunk >= 1, "token_weights: logits of ",
-              logits.sizes(), " in chunks of ", chunk, "; allowed: [n, V] with V contiguous, 1 or more");
-  for (const at::Tensor& t : {temperatures, peaks})
-    TORCH_CHECK(t.scalar_type() == at::kFloat && t.numel() == n && t.is_contiguous(), "token_weights: ", t.scalar_type(),
-                t.sizes(), " of temperatures or peaks; allowed: float32, one for each of ", n, " rows");
-  const int64_t chunks = (V + chunk - 1) / chunk, per_tile = (8192 + chunk - 1) / chunk;
-  const int64_t tiles = (chunks + per_tile - 1) / per_tile;
-  at::Tensor out = at::empty({n, chunks}, logits.options().dtype(at::kLong));
-  MULTIBATCH_DISPATCH(logits.scalar_type(), "token_weights", {
-    run_tiles(n * V >= 4096, n * tiles, [&](int64_t tile) {
-      const int64_t row = tile / tiles, first = tile % tiles * per_tile, end = std::min(first + per_tile, chunks);
-      const T* from = reinterpret_cast<const T*>(logits.const_data_ptr()) + row * stride;
-      int64_t* to = out.mutable_data_ptr<int64_t>() + row * chunks;
-      const WeightOf weight{temperatures.const_data_ptr<float>()[row], peaks.const_data_ptr<float>()[row],
-                            static_cast<float>(scale)};
-      if (chunk == 1) return weight.each(from + first, end - first, to + first);
-      for (int64_t c = first; c < end; ++c) to[c] = weight.sum(from + c * chunk, std::min(chunk, V - c * chunk));
+template <typename T>
+const T* options_of(const at::Tensor& t, int64_t n, at::ScalarType type) {
+  TORCH_CHECK(t.scalar_type() == type && t.numel() == n && t.is_contiguous(), "draw_tokens: options of ", t.scalar_type(),
+              t.sizes(), "; allowed: ", type, ", one for each of ", n, " rows");
+  return t.const_data_ptr<T>();
+}
+
+at::Tensor draw_tokens(const at::Tensor& logits, const at::Tensor& temperature, const at::Tensor& top_k,
+                       const at::Tensor& top_p, const at::Tensor& log_min_p, const at::Tensor& random, double scale) {
+  TORCH_CHECK(logits.dim() == 2 && logits.size(1) >= 1 && (logits.size(1) == 1 || logits.stride(1) == 1),
+              "draw_tokens: logits of ", logits.sizes(), "; allowed: [n, V] with V contiguous, 1 or more");
+  const int64_t n = logits.size(0), V = logits.size(1);
+  const float* temperatures = options_of<float>(temperature, n, at::kFloat);
+  const int64_t *top_ks = options_of<int64_t>(top_k, n, at::kLong), *randoms = options_of<int64_t>(random, n, at::kLong);
+  const double *top_ps = options_of<double>(top_p, n, at::kDouble), *log_min_ps = options_of<double>(log_min_p, n, at::kDouble);
+  at::Tensor out = at::empty({n}, logits.options().dtype(at::kLong));
+  MULTIBATCH_DISPATCH(logits.scalar_type(), "draw_tokens", {
+    run_tiles(n * V >= 4096, n, [&](int64_t i) {
+      const DrawOptions options{temperatures[i], top_ks[i], top_ps[i], log_min_ps[i], randoms[i], scale};
+      const T* row = reinterpret_cast<const T*>(logits.const_data_ptr()) + i * logits.stride(0);
+      out.mutable_data_ptr<int64_t>()[i] = Draw<T>(row, V, options).token();
     });
   });
   return out;
@@ -633,7 +634,7 @@ TORCH_LIBRARY_IMPL(multibatch, CPU, library) {
   library.impl("rms_norm", multibatch::rms_norm);
   library.impl("chunk_maxima", multibatch::chunk_maxima);
   library.impl("first_maxima", multibatch::first_maxima);
-  library.impl("token_weights", multibatch::token_weights);
+  library.impl("draw_tokens", multibatch::draw_tokens);
   library.impl("packed_embedding", multibatch::packed_embedding);
   library.impl("paged_attention", multibatch::paged_attention);
   library.impl("rotary_attention", multibatch::rotary_attention);
