@@ -173,7 +173,7 @@ def implement_paged_attention(function: Callable[..., torch.Tensor], dispatch_ke
 def logit_passes() -> LogitPasses:
     """The sampler's passes on the operators' threads: OpenMP's would spin beside them, on the same cores.
 
-    Libraries built before November 2026 do not know `first_maxima`, those before December `draw_tokens`.
+    Older libraries do not know `first_maxima`, or not `draw_tokens`.
     """
     known = torch._C._dispatch_has_kernel_for_dispatch_key
     passes = torch.ops.multibatch

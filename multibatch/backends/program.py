@@ -26,7 +26,7 @@ class Program(Protocol):
 
 
 def load_program(path: Path) -> Program:
-    """The program of a package, as the operator library runs it. Libraries built before December 2026 leave that to PyTorch."""
+    """The program of a package, as the operator library runs it. Older libraries leave that to PyTorch."""
     try:
         kind = torch.classes.multibatch.Program
     except RuntimeError:
