@@ -1,6 +1,9 @@
 """What a decode step costs beside the program: scheduling, inputs, sampling, outputs. With --profile, which functions.
 
-usage: python -m benchmarks.overhead ARTIFACT [--rows 1,8,16] [--tokens 128] [--profile]
+usage: python -m benchmarks.overhead ARTIFACT [--rows 1,8,16] [--tokens 128] [--profile] [--in-turn]
+
+Prints it for steps that begin while the outputs of the one before are made, as they do by default, and with --in-turn for one after the
+other.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch
 
 from benchmarks.decode_rows import add_rows
 from multibatch.artifact import Artifact
-from multibatch.backends.base import LoadedPrograms
+from multibatch.backends.base import CallResult, LoadedPrograms, StartedCall
 from multibatch.backends.load import load_programs
 from multibatch.batch import ProgramInputs
 from multibatch.config import EngineConfig
@@ -28,7 +31,7 @@ class Timed:
 
     def __init__(self, programs: LoadedPrograms) -> None:
         self._programs = programs
-        self.own_threads, self.passes = programs.own_threads, programs.passes
+        self.own_threads, self.passes, self.can_start = programs.own_threads, programs.passes, programs.can_start
         self.seconds: list[float] = []
 
     def run(self, program: str, inputs: ProgramInputs, pool: KVPool) -> torch.Tensor:
@@ -37,6 +40,23 @@ class Timed:
         logits = self._programs.run(program, inputs, pool)
         self.seconds.append(time.perf_counter() - start)
         return logits
+
+    def start(self, program: str, inputs: ProgramInputs, pool: KVPool) -> StartedCall:
+        """See `LoadedPrograms.start`."""
+        return TimedCall(self._programs.start(program, inputs, pool), self.seconds)
+
+
+class TimedCall:
+    """A call whose seconds are noted when it is finished."""
+
+    def __init__(self, call: StartedCall, seconds: list[float]) -> None:
+        self._call, self._seconds = call, seconds
+
+    def finish(self) -> CallResult:
+        """See `StartedCall.finish`."""
+        result = self._call.finish()
+        self._seconds.append(result.seconds)
+        return result
 
 
 def steps(engine: Engine, programs: Timed, rows: int, tokens: int) -> list[tuple[float, float]]:
@@ -58,10 +78,11 @@ def main() -> None:
     parser.add_argument("--rows", default="1,8,16")
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--in-turn", action="store_true")
     arguments = parser.parse_args()
     artifact = Artifact.open(arguments.artifact)
     programs = Timed(load_programs(artifact))
-    engine = Engine(artifact, EngineConfig(), programs)
+    engine = Engine(artifact, EngineConfig(async_scheduling=False if arguments.in_turn else None), programs)
     steps(engine, programs, 1, 16)  # first calls
     for rows in map(int, arguments.rows.split(",")):
         profile = cProfile.Profile()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from multibatch import request
 from multibatch.kv.allocator import SCRATCH_BLOCK
 from multibatch.kv.block_table import slot_of, slots_of
 from multibatch.scheduled_step import PrefillChunk
@@ -52,6 +53,12 @@ class DecodeRow:
     block_ids: Sequence[int]
 
 
+def decode_row(sequence: request.Sequence) -> DecodeRow:
+    """The newest token that a step computes of a sequence."""
+    position = sequence.num_computed_tokens - 1
+    return DecodeRow(sequence.token_ids[position], position, sequence.block_ids)
+
+
 _PADDED_ROW = DecodeRow(0, 0, (SCRATCH_BLOCK,))
 
 
@@ -65,8 +72,11 @@ class InputBuffers:
         """Keeps the tensors of up to `max_shapes` shapes."""
         self._max_shapes = max_shapes
         self._kept: dict[tuple[int, int, int], tuple[array[int], array[int], ProgramInputs]] = {}
+        # The rows of the latest decode call.
+        self._rows: tuple[request.Sequence, ...] = ()
+        self._latest: tuple[array[int], array[int], ProgramInputs] | None = None
 
-    def inputs(self, flat: _Flattened, keep: list[int]) -> ProgramInputs:
+    def _written(self, flat: _Flattened, keep: list[int]) -> ProgramInputs:
         """As `_inputs`."""
         shape = (len(flat.tokens), len(flat.lengths), len(keep))
         longs, ints = _joined(flat, keep)
@@ -74,18 +84,48 @@ class InputBuffers:
             if len(self._kept) == self._max_shapes:
                 self._kept.clear()
             self._kept[shape] = (longs, ints, _tensors(longs, ints, *shape))
-        kept_longs, kept_ints, inputs = self._kept[shape]
+        self._latest = self._kept[shape]
+        kept_longs, kept_ints, inputs = self._latest
         kept_longs[:], kept_ints[:] = longs, ints
         return inputs
 
+    def decode_inputs(
+        self, sequences: tuple[request.Sequence, ...], batch_size: int, max_blocks: int, block_size: int
+    ) -> ProgramInputs:
+        """As the function, of each sequence's `decode_row`. Where they are those of the latest call, one token on, only that is written."""
+        inputs = self._advanced(sequences, batch_size, block_size)
+        if inputs is None:
+            inputs = self._written(
+                *_flattened_rows(list(map(decode_row, sequences)), batch_size, max_blocks, block_size)
+            )
+            self._rows = sequences
+        return inputs
 
-def decode_inputs(
-    rows: Sequence[DecodeRow], batch_size: int, max_blocks: int, block_size: int, buffers: InputBuffers | None = None
-) -> ProgramInputs:
-    """T = R = batch_size; rows beyond the live ones are padding. With `buffers`, in tensors of theirs."""
-    flat = _flattened((), [*rows, *[_PADDED_ROW] * (batch_size - len(rows))], max_blocks, block_size)
-    keep = list(range(batch_size))
-    return _inputs(flat, keep) if buffers is None else buffers.inputs(flat, keep)
+    def _advanced(
+        self, sequences: tuple[request.Sequence, ...], batch_size: int, block_size: int
+    ) -> ProgramInputs | None:
+        """None where other rows are asked for, or one has begun a block, or lost its place and come back, which takes a prompt's step."""
+        if self._latest is None or sequences != self._rows:
+            return None
+        longs, ints, inputs = self._latest
+        if inputs.token_ids.shape[1] != batch_size:
+            return None
+        positions = [sequence.num_computed_tokens - 1 for sequence in sequences]
+        before = longs[batch_size : batch_size + len(positions)]
+        if any(now != then + 1 or not now % block_size for now, then in zip(positions, before, strict=True)):
+            return None
+        first_length = len(ints) - batch_size
+        for row, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
+            longs[row] = sequence.token_ids[position]
+            longs[batch_size + row] += 1
+            longs[2 * batch_size + row] += 1
+            ints[first_length + row] += 1
+        return inputs
+
+
+def decode_inputs(rows: Sequence[DecodeRow], batch_size: int, max_blocks: int, block_size: int) -> ProgramInputs:
+    """T = R = batch_size; rows beyond the live ones are padding."""
+    return _inputs(*_flattened_rows(rows, batch_size, max_blocks, block_size))
 
 
 def prefill_inputs(
@@ -129,6 +169,14 @@ class _Flattened:
     starts: list[int]
     tables: list[int]
     lengths: list[int]
+
+
+def _flattened_rows(
+    rows: Sequence[DecodeRow], batch_size: int, max_blocks: int, block_size: int
+) -> tuple[_Flattened, list[int]]:
+    """Of a decode call, and where its logits are asked for."""
+    padding = [_PADDED_ROW] * (batch_size - len(rows))
+    return _flattened((), [*rows, *padding], max_blocks, block_size), list(range(batch_size))
 
 
 def _inputs(flat: _Flattened, keep: list[int]) -> ProgramInputs:

@@ -20,6 +20,7 @@ from multibatch.cost_table import CostRow, CostTable
 from multibatch.engine import Engine
 from multibatch.errors import ConfigError
 from multibatch.kv.block_table import blocks_for
+from multibatch.launch import Launch
 from multibatch.manifest import Manifest
 from multibatch.request import Request, Sequence
 from multibatch.sampler import SampledRows
@@ -102,7 +103,7 @@ def _measure(
 class _IdleEngine(Engine):
     """An engine whose steps compute nothing."""
 
-    def compute(self, step: ScheduledStep) -> SampledRows:
+    def compute(self, step: ScheduledStep, launch: Launch | None = None) -> SampledRows:
         """See `Engine.compute`."""
         return SampledRows([1] * len(step.sampled), [None] * len(step.sampled))
 
@@ -110,7 +111,7 @@ class _IdleEngine(Engine):
 def _times_around(artifact: Artifact, programs: LoadedPrograms, d_nums: list[int]) -> dict[int, float]:
     """Median ms of a step without its computation, by decode rows."""
     found = {}
-    engine = _IdleEngine(artifact, EngineConfig(enable_prefix_caching=False), programs)
+    engine = _IdleEngine(artifact, EngineConfig(enable_prefix_caching=False, async_scheduling=False), programs)
     params = SamplingParams(max_tokens=_IDLE_STEPS, ignore_eos=True, detokenize=False)
     for d_num in d_nums:
         for row in range(max(d_num, 1)):

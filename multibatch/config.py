@@ -72,6 +72,8 @@ class EngineConfig:
     slo_limits_for_dynamic_batch: float = -1
     """Above 0: milliseconds that a step with decode rows may take, kept by shortening prompts' chunks by the artifact's
     cost table (`multibatch calibrate`). 0 and -1: off; vllm-ascend's decode-first order, its 0, is ours at all times."""
+    async_scheduling: bool | None = None
+    """Runs the next step while the outputs of the one before are made and handed out; None: where the programs can."""
     seed: int = 0
     """Where requests without a seed get theirs from."""
 
@@ -88,6 +90,8 @@ class EngineConfig:
             raise ConfigError(f"slo_limits_for_dynamic_batch is {slo!r}; allowed: -1, 0, or milliseconds above 0")
         if not isinstance(self.enable_prefix_caching, bool):
             raise ConfigError(f"enable_prefix_caching is {self.enable_prefix_caching!r}; allowed: True or False")
+        if self.async_scheduling is not None and not isinstance(self.async_scheduling, bool):
+            raise ConfigError(f"async_scheduling is {self.async_scheduling!r}; allowed: True, False or None")
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ConfigError(f"seed is {self.seed!r}; allowed: an int")
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as AnySequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,15 +18,14 @@ from multibatch.backends.load import load_programs
 from multibatch.config import EngineConfig
 from multibatch.constraints import Constraints
 from multibatch.cost import CostModel
-from multibatch.errors import CapacityError, ConfigError, RequestError, StepError
+from multibatch.engine_limits import check_request, limit_of, pool_blocks
+from multibatch.errors import ConfigError, RequestError, StepError
 from multibatch.groups import Completion, Group, output_of
-from multibatch.hardware import available_memory_bytes
 from multibatch.kv.allocator import BlockAllocator
-from multibatch.kv.block_table import blocks_for
 from multibatch.kv.pool import KVPool
 from multibatch.kv.prefix import PrefixCache, PrefixCacheStats
 from multibatch.ladder import DecoderLadder
-from multibatch.manifest import Manifest
+from multibatch.launch import Launch
 from multibatch.policies.build import build_policies
 from multibatch.request import FinishReason, Logprob, Request, RequestOutput, Sequence, resolve_seed
 from multibatch.runner import Runner
@@ -57,10 +58,10 @@ class Engine:
         """
         manifest = artifact.manifest
         self.manifest = manifest
-        self.max_num_seqs = _limit("max_num_seqs", config.max_num_seqs, manifest.max_num_seqs, "--max-num-seqs")
-        self.max_seq_len = _limit("max_seq_len", config.max_seq_len, manifest.max_seq_len, "--max-seq-len")
+        self.max_num_seqs = limit_of("max_num_seqs", config.max_num_seqs, manifest.max_num_seqs, "--max-num-seqs")
+        self.max_seq_len = limit_of("max_seq_len", config.max_seq_len, manifest.max_seq_len, "--max-seq-len")
         self._programs = programs or load_programs(artifact, config.num_threads)
-        num_blocks = _num_blocks(manifest, config, self.max_num_seqs, self.max_seq_len)
+        num_blocks = pool_blocks(manifest, config, self.max_num_seqs, self.max_seq_len)
         self.pool = KVPool.allocate(manifest.kv, num_blocks + 1, DTYPES[manifest.model.dtype])
         self.limits = SchedulerConfig(
             max_num_seqs=self.max_num_seqs,
@@ -90,6 +91,15 @@ class Engine:
         self._sampler = Sampler(self._programs.passes)
         self._seed = config.seed
         self._num_requests = 0
+        # None, or the step that runs while its caller does something else; and torch's threads, which rest meanwhile.
+        self._ahead: Launch | None = None
+        self._resting_threads = contextlib.ExitStack()
+        self._starts_ahead = self._programs.can_start if config.async_scheduling is None else config.async_scheduling
+        if self._starts_ahead and not self._programs.can_start:
+            raise ConfigError(
+                "async_scheduling is True, and the artifact's programs run only while Python waits; allowed: None or False."
+                " Compile it again with this version, or leave the option out"
+            )
         self._groups: dict[str, Group] = {}
         self._owner: dict[str, tuple[Group, Completion]] = {}
         self.stats = EngineStats(self.max_seq_len)
@@ -120,6 +130,16 @@ class Engine:
         """Whether `step` has anything to do."""
         return self.scheduler.has_unfinished
 
+    @property
+    def is_ahead(self) -> bool:
+        """Whether a step runs while nobody waits for it."""
+        return self._ahead is not None
+
+    @property
+    def num_unfinished(self) -> int:
+        """Sequences that run or wait."""
+        return len(self.scheduler.running) + len(self.scheduler.waiting)
+
     def add_request(
         self,
         request_id: str,
@@ -145,7 +165,9 @@ class Engine:
         Raises:
             RequestError: it can never run here; nothing was queued.
         """
-        self._check(request_id, prompt_token_ids, params)
+        if request_id in self._groups:
+            raise RequestError(f"request {request_id!r} is being served already; give each request its own id")
+        check_request(request_id, prompt_token_ids, params, self.manifest, self.max_seq_len)
         if priority and self.limits.queue_policy != "priority":
             raise RequestError(
                 f"request {request_id!r}: priority {priority}, and the engine serves first come, first served;"
@@ -198,32 +220,95 @@ class Engine:
             return None
         for completion in group.completions:
             self.scheduler.abort(completion.sequence.request_id)
-        return self._output(group)
+        output = self._output(group)
+        self._ground()
+        return output
 
-    def step(self) -> list[RequestOutput]:
-        """Runs one step; an output for each request that got a token or ended.
+    def step(self, arrivals: Callable[[], None] | None = None) -> list[RequestOutput]:
+        """Ends one step; an output for each request that got a token or ended.
 
         A step that fails ends its own requests with finish_reason "error"; `failure` says why and the engine goes on.
+        With `async_scheduling` the step after it runs already when this returns; what is added now is in the one after that.
+
+        Args:
+            arrivals: called before a step is planned, to add requests that came while another ran.
         """
+        launch = self._ahead
+        if launch is None:
+            if arrivals is not None:
+                arrivals()
+            launch = self._launch(starts=False)
+        outputs = self._land(launch, arrivals)
+        self._ground()
+        if self._ahead is None:
+            self._resting_threads.close()
+        else:
+            self._ahead.rows = self._plain_rows(self._ahead.step)
+        return outputs
+
+    def _ground(self) -> None:
+        """Waits for the step that runs, where nobody wants it any more."""
+        if self._ahead is not None and not self.has_unfinished:
+            launch, self._ahead = self._ahead, None
+            with contextlib.suppress(RuntimeError, StepError):  # of requests that have ended
+                if launch.started is not None:
+                    self.runner.finish(launch.started)
+                    self.runner.record(launch.started)
+            self._resting_threads.close()
+
+    def _launch(self, *, starts: bool) -> Launch:
+        """Plans the next step and begins it, if asked to."""
         step = self.scheduler.schedule()
-        now = started = time.monotonic()
+        begin = time.monotonic()
         for sequence in step.sequences:
             completion = self._owner[sequence.request_id][1]
             if completion.scheduled_ts is None:
-                completion.scheduled_ts = now
+                completion.scheduled_ts = begin
         self.stats.num_preemptions += len(step.preempted)
+        launch = Launch(step, begin)
+        if starts:
+            try:
+                launch.started = self.runner.start(step)
+            except RuntimeError as error:
+                launch.error = error
+        return launch
+
+    def _launch_ahead(self, launch: Launch, arrivals: Callable[[], None] | None) -> None:
+        """Begins the step after one that has ended, if there is one and it can run beside Python."""
+        if not self._starts_ahead:
+            return
+        if arrivals is not None:
+            arrivals()
+        if self.has_unfinished:
+            if launch.started is None:
+                self._resting_threads.enter_context(self._programs.own_threads())
+            self._ahead = self._launch(starts=True)
+
+    def _land(self, launch: Launch, arrivals: Callable[[], None] | None) -> list[RequestOutput]:
+        """Ends a step, begins the next one and tells what came of the first."""
+        step = launch.step
         predicted = self._step_times.predict(step)
         try:
-            sampled = self.compute(step)
+            if launch.error is not None:
+                raise launch.error
+            sampled = self.compute(step, launch)
         except (RuntimeError, StepError) as error:
-            return self._fail(step, error)
-        self.stats.iteration_tokens.observe(step.num_prefill_tokens + len(step.decode))
+            self._ahead = None
+            outputs = self._fail(step, error)
+            self._launch_ahead(launch, arrivals)
+            return outputs
+        self._ahead = None
         live = [sequence for sequence in step.sampled if not sequence.is_finished]
         self.scheduler.update(step, sampled.token_ids)
         now = time.monotonic()
-        self.scheduler.step_done(step, (now - started) * 1000)
+        ms = (now - launch.begin - launch.idle_seconds) * 1000
+        self.scheduler.step_done(step, ms)
+        self._launch_ahead(launch, arrivals)
+        if launch.started is not None:
+            self.runner.record(launch.started)
+        self.stats.iteration_tokens.observe(step.num_prefill_tokens + len(step.decode))
         if predicted is not None:
-            self._compare(step, predicted, (now - started) * 1000)
+            self._compare(step, predicted, ms)
         waits: dict[float, int] = {}
         for sequence, token, logprobs in zip(step.sampled, sampled.token_ids, sampled.logprobs, strict=True):
             if sequence in live:
@@ -233,9 +318,8 @@ class Engine:
                     waits[wait] = waits.get(wait, 0) + 1
         for wait, num_tokens in waits.items():
             self.stats.next_tokens(wait, num_tokens)
-        groups = dict.fromkeys(self._owner[sequence.request_id][0].request_id for sequence in step.sampled)
-        outputs = [self._output(self._groups[name]) for name in groups]
-        return [output for output in outputs if output is not None]
+        owners = [owner for sequence in step.sampled if (owner := self._owner_of(sequence)) is not None]
+        return self._outputs(group.request_id for group, _ in owners)
 
     def _compare(self, step: ScheduledStep, predicted_ms: float, ms: float) -> None:
         """Notes what a step took, beside what it was expected to take."""
@@ -298,40 +382,47 @@ class Engine:
             raise self.failure
         return done
 
-    def compute(self, step: ScheduledStep) -> SampledRows:
-        """Runs the programs and draws the tokens of a step, in the order of `step.sampled`.
+    def compute(self, step: ScheduledStep, launch: Launch | None = None) -> SampledRows:
+        """Runs the programs, or waits for those that were started, and draws the tokens, in the order of `step.sampled`.
 
         Queues and requests do not change. Raises what the programs and the sampler do.
         """
+        logits: torch.Tensor | None = None
+        if launch is not None and launch.started is not None:
+            logits, highest = self.runner.finish(launch.started)
+            sampled = self._take(launch, highest)
+            if sampled is not None:
+                return sampled
         with self._programs.own_threads():
-            logits, num_sampled = self.runner.run(step), len(step.sampled)
+            if logits is None:
+                logits = self.runner.run(step)
+            num_sampled = len(step.sampled)
             if logits.shape[0] > num_sampled:
                 self._note_prompt_logprobs(step, logits[num_sampled:])
                 logits = logits[:num_sampled]
             return self._sample(step.sampled, logits)
 
-    def _check(self, request_id: str, prompt_token_ids: AnySequence[int], params: SamplingParams) -> None:
-        if request_id in self._groups:
-            raise RequestError(f"request {request_id!r} is being served already; give each request its own id")
-        vocabulary = self.manifest.model.vocab_size
-        beyond = [t for t in prompt_token_ids if not 0 <= t < vocabulary]
-        if beyond:
-            raise RequestError(
-                f"request {request_id!r}: token id {beyond[0]} in the prompt; allowed: 0 to {vocabulary - 1}"
-            )
-        if params.prompt_logprobs is not None and self.manifest.step is None:
-            raise RequestError(
-                f"request {request_id!r}: prompt_logprobs is {params.prompt_logprobs}, and the artifact's programs for"
-                " prompts give the logits of the last token alone; allowed: None. Leave it out, or compile without"
-                " --prefill-chunk-sizes"
-            )
-        total = len(prompt_token_ids) + (params.max_tokens or 1)
-        if len(prompt_token_ids) and total > self.max_seq_len:
-            raise RequestError(
-                f"request {request_id!r}: {len(prompt_token_ids)} prompt tokens and max_tokens {params.max_tokens}"
-                f" make {total}; allowed: max_seq_len {self.max_seq_len} in all. Lower max_tokens, shorten the prompt,"
-                " give max_tokens=None for as many as fit, or compile with a larger --max-seq-len"
-            )
+    def _take(self, launch: Launch, highest: torch.Tensor | None) -> SampledRows | None:
+        """Takes the tokens that the step found itself; None where there is more to it."""
+        if launch.rows is None or highest is None:
+            return None
+        for sequence in launch.step.sampled:
+            if sequence.is_finished:
+                return None
+        try:
+            return self._sampler.take(highest, launch.rows)
+        except StepError:  # of single rows; `_sample` ends those
+            return None
+
+    def _plain_rows(self, step: ScheduledStep) -> list[SamplingRow] | None:
+        """See `Launch.rows`."""
+        rows = []
+        for sequence in step.sampled:
+            owner = self._owner_of(sequence)
+            if owner is None or owner[1].plain_row is None or owner[0].params.logprobs is not None:
+                return None
+            rows.append(owner[1].plain_row)
+        return rows or None
 
     def _sample(self, sequences: AnySequence[Sequence], logits: torch.Tensor) -> SampledRows:
         """Draws a token for each sequence; one that can have none ends alone, with the reason ERROR.
@@ -355,7 +446,7 @@ class Engine:
         return drawn
 
     def _row(self, sequence: Sequence) -> SamplingRow:
-        owner = self._owner.get(sequence.request_id)
+        owner = self._owner_of(sequence)
         if owner is None:  # a step that is only timed
             return SamplingRow.from_sequence(sequence)
         group, completion = owner
@@ -366,6 +457,11 @@ class Engine:
         if row.is_plain and completion.matcher is None:
             completion.plain_row = row
         return row
+
+    def _owner_of(self, sequence: Sequence) -> tuple[Group, Completion] | None:
+        """None where the request was ended while its step ran, whoever has its id now."""
+        owner = self._owner.get(sequence.request_id)
+        return owner if owner is not None and owner[1].sequence is sequence else None
 
     def _end_alone(self, error: StepError) -> None:
         """Ends the sequences that an error names and no others; one that names none is of the whole step."""
@@ -381,8 +477,11 @@ class Engine:
         for chunk in step.prefill:
             if not chunk.prompt_positions:
                 continue
-            group = self._owner[chunk.sequence.request_id][0]
-            top = group.params.prompt_logprobs
+            owner = self._owner_of(chunk.sequence)
+            if owner is None:
+                row += len(chunk.prompt_positions)
+                continue
+            group, top = owner[0], owner[0].params.prompt_logprobs
             for position in chunk.prompt_positions:
                 # Others were given before a preemption.
                 if top is not None and position + 1 == len(group.prompt_logprobs):
@@ -442,8 +541,12 @@ class Engine:
         names = list(dict.fromkeys(self._owner[sequence.request_id][0].request_id for sequence in failed))
         self.failure = StepError(f"a step failed: {error}", names)
         self.failure.__cause__ = error
-        outputs = [self._output(self._groups[name]) for name in names]
-        return [output for output in outputs if output is not None]
+        return self._outputs(names)
+
+    def _outputs(self, request_ids: Iterable[str]) -> list[RequestOutput]:
+        """What is to be told of these requests, once for each."""
+        found = [self._output(self._groups[name]) for name in dict.fromkeys(request_ids)]
+        return [output for output in found if output is not None]
 
     def _output(self, group: Group) -> RequestOutput | None:
         if group.is_finished:
@@ -471,31 +574,3 @@ class Engine:
                 sequence.finish_reason, sequence.num_prompt_tokens, sequence.num_output_tokens, times
             )
         self.stats.request_ended(group.params.n, group.params.max_tokens)
-
-
-def _limit(name: str, asked: int | None, compiled: int, option: str) -> int:
-    if asked is None:
-        return compiled
-    if asked > compiled:
-        raise ConfigError(
-            f"{name} is {asked}; the artifact was compiled for at most {compiled}: lower it, or compile with {option} {asked}"
-        )
-    return asked
-
-
-def _num_blocks(manifest: Manifest, config: EngineConfig, max_num_seqs: int, max_seq_len: int) -> int:
-    """Blocks besides the scratch block."""
-    one = blocks_for(max_seq_len, manifest.kv.block_size)
-    per_block = manifest.kv.bytes_per_block(manifest.model.dtype)
-    if config.num_kv_blocks is not None:
-        num_blocks = config.num_kv_blocks
-    elif config.kv_cache_memory_bytes is not None:
-        num_blocks = config.kv_cache_memory_bytes // per_block - 1
-    else:
-        num_blocks = min(one * max_num_seqs, available_memory_bytes() // 2 // per_block - 1)
-    if num_blocks < one:
-        raise CapacityError(
-            f"the KV pool has {max(num_blocks, 0)} blocks; one sequence of max_seq_len {max_seq_len} needs {one}"
-            f" ({one * per_block} bytes): give it more memory, or set a smaller max_seq_len"
-        )
-    return num_blocks

@@ -56,7 +56,7 @@ class EngineThread:
         self._limit = None if max_queued is None else engine.max_num_seqs + max_queued
         # Guarded by the condition, which is signalled when the thread may have something to do:
         self._changed = threading.Condition()
-        self._inbox: deque[tuple[Callable[[], Any], Future[Any] | None]] = deque()
+        self._inbox: deque[_Command] = deque()
         self._unfinished: dict[str, Submission] = {}
         self._num_unfinished = 0
         self._is_stopping = False
@@ -113,7 +113,7 @@ class EngineThread:
                 )
             self._unfinished[name] = submission
             self._num_unfinished += n
-            self._post(partial(self._take_in, submission))
+            self._post(partial(self._take_in, submission), is_arrival=True)
 
     def drop(self, submission: Submission) -> None:
         """Ends a request whose consumer is gone, if it has not ended."""
@@ -182,7 +182,7 @@ class EngineThread:
                 command = self._inbox.popleft() if self._inbox else None
             if command is None:
                 return True
-            _call(*command)
+            _call(command)
             self._wake()
 
     def _has_work(self) -> bool:
@@ -191,7 +191,7 @@ class EngineThread:
     def _step(self) -> None:
         engine = self._engine
         engine.failure = None
-        outputs = engine.step()
+        outputs = engine.step(self._take_arrivals)
         failure: StepError | None = engine.failure
         failed = () if failure is None else failure.request_ids
         for output in outputs:
@@ -203,6 +203,15 @@ class EngineThread:
             error.__cause__ = failure.__cause__ if failure is not None else None
             self._fail(name, error)
         self._note_drained()
+
+    def _take_arrivals(self) -> None:
+        """Takes in the requests that came first, up to the first command that is none."""
+        while True:
+            with self._changed:
+                if self._is_stopping or not self._inbox or not self._inbox[0].is_arrival:
+                    return
+                command = self._inbox.popleft()
+            _call(command)
 
     def _put(self, output: RequestOutput) -> None:
         submission = self._unfinished.get(output.request_id)
@@ -309,7 +318,7 @@ class EngineThread:
             self._end = why
             submissions, self._unfinished = list(self._unfinished.values()), {}
             self._num_unfinished = 0
-            asked = [future for _, future in self._inbox if future is not None]
+            asked = [command.future for command in self._inbox if command.future is not None]
             self._inbox.clear()
         for submission in submissions:
             if submission.stream.fail(_dead(why, submission.request_id)):
@@ -320,12 +329,23 @@ class EngineThread:
         for done, _ in self._drain:
             done.set_exception(_dead(why))
 
-    def _post(self, action: Callable[[], Any], future: Future[Any] | None = None) -> None:
-        self._inbox.append((action, future))
+    def _post(self, action: Callable[[], Any], future: Future[Any] | None = None, *, is_arrival: bool = False) -> None:
+        self._inbox.append(_Command(action, future, is_arrival))
         self._changed.notify()
 
 
-def _call(action: Callable[[], Any], future: Future[Any] | None) -> None:
+@dataclass(frozen=True, slots=True)
+class _Command:
+    """What somebody wants of the thread."""
+
+    action: Callable[[], Any]
+    future: Future[Any] | None
+    is_arrival: bool
+    """It only takes a request in, which the engine allows within a step."""
+
+
+def _call(command: _Command) -> None:
+    action, future = command.action, command.future
     if future is None:
         action()
     elif future.set_running_or_notify_cancel():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as AnySequence
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 
-from multibatch.backends.base import LoadedPrograms
-from multibatch.batch import DecodeRow, InputBuffers, decode_inputs, prefill_inputs, step_inputs
+from multibatch.backends.base import LoadedPrograms, StartedCall
+from multibatch.batch import InputBuffers, ProgramInputs, decode_inputs, decode_row, prefill_inputs, step_inputs
 from multibatch.kv.block_table import blocks_for
 from multibatch.kv.pool import KVPool
 from multibatch.manifest import STEP, Manifest, decoder_name, prefill_name
@@ -48,57 +50,119 @@ class Runner:
 
     def run(self, step: ScheduledStep) -> torch.Tensor:
         """Logits of the step's sampled sequences, in that order, then of each chunk's `prompt_positions`: [n, V]."""
-        rows = [
-            DecodeRow(seq.token_ids[seq.num_computed_tokens - 1], seq.num_computed_tokens - 1, seq.block_ids)
-            for seq in step.decode
-        ]
+        return self._joined([self._run(call) for call in self._calls(step)])
+
+    def start(self, step: ScheduledStep) -> StartedStep | None:
+        """Begins what `run` does, where the programs can; None of a step without calls."""
+        calls = self._calls(step)
+        if not calls:
+            return None
+        first, begun = calls[0], self._clock()
+        return StartedStep(first, self._programs.start(first.program, first.inputs, self._pool), calls[1:], begun)
+
+    def finish(self, started: StartedStep) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What `run` gives, of a step that was started; and, where they are known, the `LogitPasses.highest` of it.
+
+        Its first call is recorded by `record`.
+        """
+        asked = self._clock()
+        result = started.running.finish()
+        started.seconds = result.seconds
+        started.idle_seconds = max(0.0, asked - started.begun - result.seconds)
+        first = started.first
+        if started.others:
+            return self._joined([first.strip(result.logits), *map(self._run, started.others)]), None
+        return first.strip(result.logits), first.strip(result.highest)
+
+    def record(self, started: StartedStep) -> None:
+        """Counts the first call of a step that is finished."""
+        self._record(started.first, started.seconds)
+
+    def _calls(self, step: ScheduledStep) -> list[_Call]:
         if step.prefill and self._manifest.step is not None:
-            return self._mixed(step, rows)
-        parts: list[torch.Tensor] = []
-        if step.prefill:
-            logits = self._prefill(step)
-            last = [i for i, chunk in enumerate(step.prefill) if chunk.is_last]
-            if last:
-                parts.append(logits[last] if len(last) < logits.shape[0] else logits)
-        if rows:
-            parts += self._decode(rows)
-        if not parts:
-            return torch.empty((0, self._manifest.model.vocab_size))
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+            return [self._mixed(step)]
+        prefill = [self._prefill(step)] if step.prefill else []
+        return prefill + (self._decode(step) if step.decode else [])
 
-    def _mixed(self, step: ScheduledStep, rows: list[DecodeRow]) -> torch.Tensor:
+    def _mixed(self, step: ScheduledStep) -> _Call:
         """Prompts and decode rows in one call, so that the weights are read once."""
+        rows = [decode_row(sequence) for sequence in step.decode]
         inputs = step_inputs(step.prefill, rows, self._max_blocks, self._block_size)
-        start = self._clock()
-        logits = self._programs.run(STEP, inputs, self._pool)
         num_tokens = step.num_prefill_tokens + len(rows)
-        self._record(STEP, num_tokens, num_tokens, start)
-        return logits[: len(step.sampled) + sum(len(chunk.prompt_positions) for chunk in step.prefill)]
+        wanted = len(step.sampled) + sum(len(chunk.prompt_positions) for chunk in step.prefill)
+        return _Call(STEP, STEP, inputs, num_tokens, num_tokens, range(wanted))
 
-    def _prefill(self, step: ScheduledStep) -> torch.Tensor:
+    def _prefill(self, step: ScheduledStep) -> _Call:
         size = select_chunk(step.num_prefill_tokens, self._manifest.prefill_chunk_sizes)
         spec = self._manifest.prefills[size]
         inputs = prefill_inputs(step.prefill, size, spec.batch_size, self._max_blocks, self._block_size)
+        last = [i for i, chunk in enumerate(step.prefill) if chunk.is_last]
+        return _Call(prefill_name(size), prefill_name(size), inputs, step.num_prefill_tokens, size, last)
+
+    def _decode(self, step: ScheduledStep) -> list[_Call]:
+        calls: list[_Call] = []
+        slots = self._selector.select(len(step.decode))
+        for slot in slots:
+            live, size = step.decode[slot.start : slot.stop], slot.batch_size
+            if len(slots) == 1:
+                inputs = self._buffers.decode_inputs(live, size, self._max_blocks, self._block_size)
+            else:  # calls of one size would share their tensors
+                inputs = decode_inputs(list(map(decode_row, live)), size, self._max_blocks, self._block_size)
+            program = self._manifest.decoder_for(size)
+            calls.append(_Call(program.name, decoder_name(size), inputs, slot.num_live, size, range(slot.num_live)))
+        return calls
+
+    def _run(self, call: _Call) -> torch.Tensor:
         start = self._clock()
-        logits = self._programs.run(prefill_name(size), inputs, self._pool)
-        self._record(prefill_name(size), step.num_prefill_tokens, size, start)
-        return logits
+        logits = self._programs.run(call.program, call.inputs, self._pool)
+        self._record(call, self._clock() - start)
+        return call.strip(logits)
 
-    def _decode(self, rows: list[DecodeRow]) -> list[torch.Tensor]:
-        parts = []
-        for slot in self._selector.select(len(rows)):
-            live = rows[slot.start : slot.stop]
-            program = self._manifest.decoder_for(slot.batch_size)
-            inputs = decode_inputs(live, slot.batch_size, self._max_blocks, self._block_size, self._buffers)
-            start = self._clock()
-            logits = self._programs.run(program.name, inputs, self._pool)
-            self._record(decoder_name(slot.batch_size), slot.num_live, slot.batch_size, start)
-            parts.append(logits if slot.num_live == logits.shape[0] else logits[: slot.num_live])
-        return parts
+    def _joined(self, parts: list[torch.Tensor]) -> torch.Tensor:
+        found = [part for part in parts if part.shape[0]]
+        if not found:
+            return torch.empty((0, self._manifest.model.vocab_size))
+        return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _record(self, program: str, num_live: int, size: int, start: float) -> None:
-        record = CallRecord(program, num_live, size - num_live, (self._clock() - start) * 1000)
+    def _record(self, call: _Call, seconds: float) -> None:
+        record = CallRecord(call.name, call.num_live, call.size - call.num_live, seconds * 1000)
         self.records.append(record)
-        if program not in self.program_uses:
-            self.program_uses[program] = ProgramUse(program)
-        self.program_uses[program].add(record)
+        if call.name not in self.program_uses:
+            self.program_uses[call.name] = ProgramUse(call.name)
+        self.program_uses[call.name].add(record)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One call of a program."""
+
+    program: str
+    name: str
+    """In the records."""
+    inputs: ProgramInputs
+    num_live: int
+    size: int
+    """Rows or tokens, padding included."""
+    wanted: AnySequence[int]
+    """Rows of the logits, ascending."""
+
+    def strip(self, found: torch.Tensor) -> torch.Tensor:
+        """The wanted rows of [R, ...]."""
+        num_wanted = len(self.wanted)
+        if num_wanted == found.shape[0]:
+            return found
+        return found[:num_wanted] if isinstance(self.wanted, range) else found[self.wanted]
+
+
+@dataclass(slots=True)
+class StartedStep:
+    """A step whose first call runs."""
+
+    first: _Call
+    running: StartedCall
+    others: list[_Call]
+    begun: float
+    seconds: float = 0.0
+    """Once it is finished: how long its first call took."""
+    idle_seconds: float = 0.0
+    """Once it is finished: between the end of its first call and when somebody asked for it."""

@@ -83,6 +83,14 @@ class Sampler:
                     logprobs[i] = row_logprobs(logits[i], token_ids[i], rows[i].params.logprobs or 0)
         return SampledRows(token_ids, logprobs)
 
+    def take(self, highest: torch.Tensor, rows: Sequence[SamplingRow]) -> SampledRows:
+        """What `sample` gives of plain rows that ask for no log-probabilities: `LogitPasses.highest` of their logits, int64[n].
+
+        Raises:
+            StepError: rows (named) have a NaN or an infinite maximum.
+        """
+        return SampledRows(checked(highest, rows), [None] * len(rows))
+
     def _drawn(
         self, logits: torch.Tensor, rows: Sequence[SamplingRow], drawn: Sequence[int]
     ) -> Iterator[tuple[int, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -10,6 +11,25 @@ import torch
 from multibatch.batch import ProgramInputs
 from multibatch.kv.pool import KVPool
 from multibatch.logit_passes import LogitPasses
+
+
+@dataclass(frozen=True, slots=True)
+class CallResult:
+    """What came of a call that was started."""
+
+    logits: torch.Tensor
+    """[R, V]"""
+    highest: torch.Tensor
+    """int64[R]: as `LogitPasses.highest` of the logits."""
+    seconds: float
+
+
+class StartedCall(Protocol):
+    """A call that was begun."""
+
+    def finish(self) -> CallResult:
+        """Waits for it. Raises what the program does."""
+        ...
 
 
 class LoadedPrograms(Protocol):
@@ -27,6 +47,25 @@ class LoadedPrograms(Protocol):
     def run(self, program: str, inputs: ProgramInputs, pool: KVPool) -> torch.Tensor:
         """Runs one program by its manifest name; the pool changes in place. Returns logits [R, V]."""
         ...
+
+    @property
+    def can_start(self) -> bool:
+        """Whether `start` may be called: whether a program can run while Python does something else."""
+        ...
+
+    def start(self, program: str, inputs: ProgramInputs, pool: KVPool) -> StartedCall:
+        """Begins what `run` does; at most one call at a time, and its inputs stay as they are until it is finished."""
+        ...
+
+
+class NeverStarts:
+    """The part of `LoadedPrograms` that starts calls, for programs that run while Python waits."""
+
+    can_start = False
+
+    def start(self, program: str, inputs: ProgramInputs, pool: KVPool) -> StartedCall:
+        """Not to be called."""
+        raise NotImplementedError(f"{type(self).__name__} runs {program} only while Python waits")
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -14,7 +14,7 @@ from typing import Any, Literal, Protocol, get_args
 
 import torch
 
-from multibatch.backends.base import LoadedPrograms
+from multibatch.backends.base import LoadedPrograms, NeverStarts
 from multibatch.backends.static_inputs import StaticInputs
 from multibatch.batch import ProgramInputs, decode_inputs
 from multibatch.errors import ConfigError
@@ -84,7 +84,7 @@ class _CapturedDecoder:
     logits: torch.Tensor
 
 
-class CapturedPrograms:
+class CapturedPrograms(NeverStarts):
     """`LoadedPrograms` whose decoders are replayed where they are captured; prefill and step programs run as they are.
 
     Sizes are captured largest first, so that smaller ones find room in what the largest took. A size that cannot be

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from multibatch.artifact import Artifact
-from multibatch.backends.base import DTYPES
+from multibatch.backends.base import DTYPES, NeverStarts
 from multibatch.backends.flat_model import REFERENCE_ATTENTION, FlatDecoder
 from multibatch.backends.inductor import map_weights
 from multibatch.batch import ProgramInputs
@@ -51,7 +51,7 @@ def assign_weights(model: nn.Module, weights: dict[str, torch.Tensor]) -> None:
                     table[name] = new
 
 
-class EagerPrograms:
+class EagerPrograms(NeverStarts):
     """The eager reference: one model for every batch size and chunk size."""
 
     passes = LogitPasses()

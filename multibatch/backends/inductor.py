@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from safetensors import safe_open
 
 from multibatch import ops
 from multibatch.artifact import Artifact
-from multibatch.backends.program import Program, load_program
+from multibatch.backends.base import CallResult, StartedCall
+from multibatch.backends.program import Program, StartableProgram, can_start, load_program
 from multibatch.batch import ProgramInputs
 from multibatch.errors import ArtifactCorruptError, IncompatibleError
 from multibatch.hardware import missing_isa, usable_cores
@@ -85,12 +87,18 @@ class InductorPrograms:
         ops.set_num_threads(num_threads or cores)
         self.passes = ops.logit_passes()
         self._weights = map_weights(artifact.file(manifest.weights))
+        self._pools: dict[str, KVPool] = {}
         wanted = None if only is None else set(only)
         self._programs = {
             spec.name: self._load(artifact.file(spec.file))
             for spec in manifest.programs
             if spec.file is not None and (wanted is None or spec.name in wanted)
         }
+
+    @property
+    def can_start(self) -> bool:
+        """See `base.LoadedPrograms.can_start`."""
+        return all(map(can_start, self._programs.values()))
 
     def _load(self, path: Path) -> Program:
         program = load_program(path)
@@ -106,5 +114,32 @@ class InductorPrograms:
 
     def run(self, program: str, inputs: ProgramInputs, pool: KVPool) -> torch.Tensor:
         """See `base.LoadedPrograms.run`."""
-        logits: torch.Tensor = self._programs[program].run([*inputs.tensors(), *pool.keys, *pool.values])[0]
-        return logits
+        called = self._programs[program]
+        if can_start(called):
+            return self._bound(program, called, pool).run(inputs.tensors())[0]
+        return called.run([*inputs.tensors(), *pool.keys, *pool.values])[0]
+
+    def start(self, program: str, inputs: ProgramInputs, pool: KVPool) -> StartedCall:
+        """See `base.LoadedPrograms.start`."""
+        started = self._programs[program]
+        if not can_start(started):
+            raise NotImplementedError("the artifact's operator library cannot start programs")
+        self._bound(program, started, pool).start(inputs.tensors())
+        return _Started(started)
+
+    def _bound(self, name: str, program: StartableProgram, pool: KVPool) -> StartableProgram:
+        """The program, with this pool behind its inputs."""
+        if self._pools.get(name) is not pool:
+            program.bind([*pool.keys, *pool.values])
+            self._pools[name] = pool
+        return program
+
+
+@dataclass(frozen=True, slots=True)
+class _Started:
+    program: StartableProgram
+
+    def finish(self) -> CallResult:
+        """See `base.StartedCall.finish`."""
+        outputs, highest, seconds = self.program.finish()
+        return CallResult(outputs[0], highest, seconds)

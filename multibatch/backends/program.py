@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeGuard
 
 import torch
 
@@ -23,6 +23,27 @@ class Program(Protocol):
     def run(self, inputs: list[torch.Tensor]) -> list[torch.Tensor]:
         """Its outputs."""
         ...
+
+
+class StartableProgram(Program, Protocol):
+    """One that the operators' threads can run while Python goes on."""
+
+    def bind(self, others: list[torch.Tensor]) -> None:
+        """What every call gets behind its inputs from now on."""
+        ...
+
+    def start(self, inputs: list[torch.Tensor]) -> None:
+        """Begins a run; at most one at a time."""
+        ...
+
+    def finish(self) -> tuple[list[torch.Tensor], torch.Tensor, float]:
+        """Ends the run, the calling thread helping: its outputs, `first_maxima` of the first of them, and the seconds it took."""
+        ...
+
+
+def can_start(program: Program) -> TypeGuard[StartableProgram]:
+    """Whether the operator library that runs it can do so while Python goes on."""
+    return hasattr(program, "start")
 
 
 def load_program(path: Path) -> Program:

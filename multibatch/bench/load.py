@@ -14,6 +14,7 @@ from multibatch.backends.base import LoadedPrograms
 from multibatch.config import EngineConfig
 from multibatch.cost_table import Slowdown
 from multibatch.engine import Engine
+from multibatch.launch import Launch
 from multibatch.sampler import SampledRows
 from multibatch.sampling_params import RequestOutputKind, SamplingParams
 from multibatch.scheduled_step import ScheduledStep
@@ -52,9 +53,9 @@ class ScriptedEngine(Engine):
         sums[0] += predicted_ms
         sums[1] += ms
 
-    def compute(self, step: ScheduledStep) -> SampledRows:
+    def compute(self, step: ScheduledStep, launch: Launch | None = None) -> SampledRows:
         """See `Engine.compute`."""
-        sampled = super().compute(step)
+        sampled = super().compute(step, launch)
         ids = [
             STOP if sequence.num_output_tokens + 1 == self.output_lengths[sequence.request_id] else token or STOP + 1
             for sequence, token in zip(step.sampled, sampled.token_ids, strict=True)
@@ -93,19 +94,23 @@ def run_load(
     rng, vocabulary = random.Random(seed), engine.manifest.model.vocab_size
     prompts = [[rng.randrange(vocabulary) for _ in range(request.input_length)] for request in trace]
     times = [RequestTimes(request.timestamp) for request in trace]
-    arriving, start, num_inside = deque(enumerate(trace)), clock(), 0
+    arriving, start = deque(enumerate(trace)), clock()
+
+    def send() -> None:
+        while arriving and arriving[0][1].timestamp <= clock() - start:
+            if engine.num_unfinished >= (max_concurrency or len(trace)):
+                return
+            number, request = arriving.popleft()
+            engine.output_lengths[str(number)] = request.output_length
+            params = _params(request, temperature, seed + number)
+            engine.add_request(str(number), prompts[number], params, priority=request.priority)
+
     while arriving or engine.has_unfinished:
         now = clock() - start
         if not engine.has_unfinished and arriving[0][1].timestamp > now:
             sleep(arriving[0][1].timestamp - now)
             continue
-        while arriving and arriving[0][1].timestamp <= now and num_inside < (max_concurrency or len(trace)):
-            number, request = arriving.popleft()
-            engine.output_lengths[str(number)] = request.output_length
-            params = _params(request, temperature, seed + number)
-            engine.add_request(str(number), prompts[number], params, priority=request.priority)
-            num_inside += 1
-        outputs = engine.step()
+        outputs = engine.step(send)
         now = clock() - start
         for output in outputs:
             entry = times[int(output.request_id)]
@@ -115,10 +120,8 @@ def run_load(
                 entry.num_preemptions = m.num_preemptions
                 if entry.scheduled is None and m.first_token_ts is not None and m.scheduled_ts is not None:
                     entry.scheduled = now - (m.first_token_ts - m.scheduled_ts)
-            if output.finished:
-                num_inside -= 1
-                if output.outputs[0].finish_reason == "error":
-                    entry.error = str(engine.failure)
+            if output.finished and output.outputs[0].finish_reason == "error":
+                entry.error = str(engine.failure)
     return times
 
 

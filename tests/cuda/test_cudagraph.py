@@ -11,6 +11,7 @@ import torch
 
 from benchmarks import gpu_decode
 from multibatch.artifact import Artifact
+from multibatch.backends.base import NeverStarts
 from multibatch.backends.cudagraph import CapturedPrograms
 from multibatch.backends.eager import EagerPrograms
 from multibatch.backends.flat_model import COMPILED_ATTENTION, FlatDecoder
@@ -29,7 +30,7 @@ from tests.cuda.pretended_device import PretendedDevice
 BLOCK_SIZE, MAX_BLOCKS, VOCABULARY = 4, 3, 11
 
 
-class SummingPrograms:
+class SummingPrograms(NeverStarts):
     """Writes each token into the pool; the logits of a row add up what the pool holds of it. Counts its own calls."""
 
     passes = LogitPasses()

@@ -19,11 +19,17 @@ from multibatch import LLM, AsyncEngine, SamplingParams
 from multibatch.errors import ConfigError, EngineDeadError, QueueFullError, RequestError, StepError
 from multibatch.request import RequestOutput
 from multibatch.sampling_params import RequestOutputKind
-from tests.e2e.pretended_programs import continuation, pretended_engine
+from tests.e2e.pretended_programs import PretendedPrograms, continuation, pretended_engine
 
 TEN = SamplingParams(temperature=0.0, max_tokens=10, ignore_eos=True, detokenize=False)
 LONG = SamplingParams(temperature=0.0, max_tokens=100, ignore_eos=True, detokenize=False)
 LIMIT_S = 60.0
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["in-turn", "ahead"])
+def steps_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps run one after the other, or while the outputs of the one before are handed out."""
+    monkeypatch.setattr(PretendedPrograms, "can_start", request.param)
 
 
 class Served:
@@ -270,15 +276,15 @@ def test_a_failed_step_fails_its_own_requests_and_no_other(
 ) -> None:
     async def main() -> None:
         async with serving(eager_artifact, max_num_seqs=2) as it:
-            inner, fails = it.engine.runner.run, [False]
+            inner, fails = it.engine.compute, [False]
 
-            def sometimes(step: Any) -> Any:
+            def sometimes(step: Any, launch: Any) -> Any:
                 if fails[0] and step.decode:
                     fails[0] = False
                     raise RuntimeError("bad memory")
-                return inner(step)
+                return inner(step, launch)
 
-            monkeypatch.setattr(it.engine.runner, "run", sometimes)
+            monkeypatch.setattr(it.engine, "compute", sometimes)
             it.gate.clear()
             names = ["a", "b", "c#0", "c#1"]
             tasks = [asyncio.create_task(it.tokens([5, i], n)) for i, n in enumerate(names)]
@@ -306,16 +312,16 @@ def test_a_failed_step_ends_every_completion_of_a_request(
 ) -> None:
     async def main() -> None:
         async with serving(eager_artifact, max_num_seqs=2) as it:
-            inner = it.engine.runner.run
+            inner = it.engine.compute
             several = SamplingParams(n=3, max_tokens=20, ignore_eos=True, detokenize=False)
 
-            def fails(step: Any) -> Any:
+            def fails(step: Any, launch: Any) -> Any:
                 if len(step.decode) == 2:
                     raise RuntimeError("bad memory")
-                return inner(step)
+                return inner(step, launch)
 
             with monkeypatch.context() as patch:
-                patch.setattr(it.engine.runner, "run", fails)
+                patch.setattr(it.engine, "compute", fails)
                 with pytest.raises(StepError) as caught:
                     await last(it.served.generate([5], several, "a"))
                 assert caught.value.request_ids == ("a",)
@@ -332,7 +338,7 @@ def test_a_thread_that_dies_tells_everyone(eager_artifact: Path, monkeypatch: py
             it.gate.clear()
             tasks = [asyncio.create_task(it.tokens([5], n)) for n in "abc"]
             await it.until(lambda: it.served.num_unfinished == 3)
-            monkeypatch.setattr(it.engine.runner, "run", lambda _: {}["no such key"])
+            monkeypatch.setattr(it.engine, "compute", lambda *_: {}["no such key"])
             pausing = asyncio.create_task(it.served.pause_generation(mode="wait"))
             it.gate.set()
             await asyncio.wait([*tasks, pausing])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import threading
 import time
@@ -75,3 +76,82 @@ def test_a_library_without_programs_leaves_them_to_pytorch(
     assert not isinstance(load_program(artifact.file(file)), torch.ScriptObject)
     theirs = InductorPrograms(artifact, isa, 2, only=[decoder_name(1)]).run(decoder_name(1), inputs, pool)
     assert torch.equal(ours, theirs)
+
+
+def started(folder: Path, num_threads: int) -> tuple[InductorPrograms, str, tuple[ProgramInputs, KVPool]]:
+    artifact = Artifact.open(folder)
+    loaded = InductorPrograms(artifact, check_this_host(artifact.manifest), num_threads, only=[decoder_name(1)])
+    assert loaded.can_start
+    return loaded, decoder_name(1), call_of(artifact.manifest)
+
+
+@pytest.mark.parametrize("num_threads", [1, 2, 3])
+def test_started_it_gives_what_it_gives_when_called(demo_artifact: Path, num_threads: int) -> None:
+    loaded, name, (inputs, pool) = started(demo_artifact, num_threads)
+    expected = loaded.run(name, inputs, pool)
+    for pause in (0.0, 0.0, 0.05):  # at the end of the program, or after it
+        call = loaded.start(name, inputs, pool)
+        time.sleep(pause)
+        result = call.finish()
+        assert torch.equal(result.logits, expected)
+        assert torch.equal(result.highest, loaded.passes.highest(expected))
+        assert 0 < result.seconds < 60
+    assert torch.equal(loaded.run(name, inputs, pool), expected)
+
+
+def test_it_runs_by_itself_once_it_is_started(demo_artifact: Path) -> None:
+    loaded, name, (inputs, pool) = started(demo_artifact, 2)
+    loaded.run(name, inputs, pool)
+    layer = pool.keys[0]
+    layer.zero_()
+    call = loaded.start(name, inputs, pool)
+    until = time.monotonic() + 60
+    while not layer.any() and time.monotonic() < until:
+        time.sleep(0.001)
+    assert layer.any()
+    call.finish()
+
+
+def test_each_call_uses_the_pool_that_it_is_given(demo_artifact: Path) -> None:
+    loaded, name, (inputs, first) = started(demo_artifact, 2)
+    _, second = call_of(Artifact.open(demo_artifact).manifest)
+    loaded.run(name, inputs, first)
+    assert not second.keys[0].any()
+    first.keys[0].zero_()
+    loaded.start(name, inputs, second).finish()
+    assert second.keys[0].any()
+    assert not first.keys[0].any()
+
+
+def test_what_is_wrong_with_a_started_call_is_raised_by_finish(demo_artifact: Path) -> None:
+    loaded, name, (inputs, pool) = started(demo_artifact, 2)
+    expected = loaded.run(name, inputs, pool)
+    wrong = dataclasses.replace(inputs, block_tables=inputs.block_tables + 10**6)
+    call = loaded.start(name, wrong, pool)
+    with pytest.raises(RuntimeError, match="block"):
+        call.finish()
+    assert torch.equal(loaded.start(name, inputs, pool).finish().logits, expected)
+
+
+def test_two_calls_at_once_are_refused_and_one_that_is_forgotten_ends(demo_artifact: Path) -> None:
+    loaded, name, (inputs, pool) = started(demo_artifact, 2)
+    expected = loaded.run(name, inputs, pool)
+    call = loaded.start(name, inputs, pool)
+    with pytest.raises(RuntimeError, match="finish it first"):
+        loaded.start(name, inputs, pool)
+    assert torch.equal(call.finish().logits, expected)
+    with pytest.raises(RuntimeError, match="not started"):
+        call.finish()
+    loaded.start(name, inputs, pool)
+    del loaded, call  # waits for it, as its weights go with it
+    again, name, _ = started(demo_artifact, 2)
+    assert torch.equal(again.run(name, inputs, pool), expected)
+
+
+def test_two_engines_of_one_process_start_calls_side_by_side(demo_artifact: Path) -> None:
+    first, name, (inputs, pool) = started(demo_artifact, 3)
+    second, _, (_, other_pool) = started(demo_artifact, 3)
+    expected = first.run(name, inputs, pool)
+    for _ in range(50):
+        calls = [first.start(name, inputs, pool), second.start(name, inputs, other_pool)]
+        assert all(torch.equal(call.finish().logits, expected) for call in calls)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from multibatch.batch import DecodeRow, InputBuffers, decode_inputs, prefill_inputs, step_inputs
+from multibatch.batch import DecodeRow, InputBuffers, decode_inputs, decode_row, prefill_inputs, step_inputs
 from multibatch.request import Request, Sequence
 from multibatch.sampling_params import SamplingParams
 from multibatch.scheduled_step import PrefillChunk
@@ -78,10 +80,48 @@ def test_prompt_logprobs_ask_for_the_positions_before_prompt_tokens() -> None:
 def test_buffers_hold_the_call_at_hand_and_no_trace_of_the_one_before() -> None:
     buffers = InputBuffers(max_shapes=2)
 
-    other = [DecodeRow(9, 1, [5]), DecodeRow(8, 0, [6])]
-    for rows, size in ((other, 2), (ROWS, 4), (other, 4), (ROWS, 3), (other, 2)):  # three shapes where two have room
-        kept = decode_inputs(rows, size, 3, 4, buffers)
-        for got, expected in zip(kept.tensors(), decode_inputs(rows, size, 3, 4).tensors(), strict=True):
+    one, other = decoding([3, 6], 4), decoding([2, 1], 4)
+    for rows, size in ((other, 2), (one, 4), (other, 4), (one, 3), (other, 2)):  # three shapes where two have room
+        kept = buffers.decode_inputs(rows, size, 3, 4)
+        fresh = decode_inputs([decode_row(row) for row in rows], size, 3, 4)
+        for got, expected in zip(kept.tensors(), fresh.tensors(), strict=True):
             assert got.dtype == expected.dtype
             assert torch.equal(got, expected)
-    assert decode_inputs(other, 2, 3, 4, buffers) is decode_inputs(ROWS, 2, 3, 4, buffers)
+    assert buffers.decode_inputs(other, 2, 3, 4) is buffers.decode_inputs(one, 2, 3, 4)
+
+
+def decoding(num_tokens: list[int], block_size: int) -> tuple[Sequence, ...]:
+    """Sequences whose newest token is to be computed."""
+    made = []
+    for row, count in enumerate(num_tokens):
+        request = Request(
+            request_id=str(row), prompt_token_ids=tuple(range(row, row + count)), params=SamplingParams(), seed=0
+        )
+        blocks = [10 * row + i for i in range(-(-count // block_size))]
+        made.append(Sequence(request, num_computed_tokens=count, block_ids=blocks))
+    return tuple(made)
+
+
+def grow(sequence: Sequence, token_id: int, block_size: int) -> None:
+    """As a decode step does."""
+    sequence.token_ids.append(token_id)
+    sequence.num_computed_tokens += 1
+    if sequence.num_computed_tokens > len(sequence.block_ids) * block_size:
+        sequence.block_ids.append(500 + token_id)
+
+
+@given(data=st.data())
+def test_rows_that_go_on_are_written_as_new_ones_are(data: st.DataObject) -> None:
+    size, max_blocks = 4, 12
+    sequences = decoding(data.draw(st.lists(st.integers(1, 9), min_size=1, max_size=4)), size)
+    buffers = InputBuffers()
+    for turn in range(8):
+        live = sequences if data.draw(st.booleans()) else sequences[1:] or sequences
+        for row, sequence in enumerate(live):
+            grow(sequence, 20 * turn + row, size)
+        if data.draw(st.integers(0, 4)) == 0:  # a prompt's step comes between
+            buffers.decode_inputs(sequences[:1], 5, max_blocks, size)
+        batch_size = len(live) + data.draw(st.integers(0, 1))
+        found = buffers.decode_inputs(live, batch_size, max_blocks, size)
+        expected = decode_inputs([decode_row(s) for s in live], batch_size, max_blocks, size)
+        assert all(torch.equal(a, b) for a, b in zip(found.tensors(), expected.tensors(), strict=True))

@@ -7,6 +7,9 @@
 // happens in a job of short tiles, a worker rests for a while: its core goes to whom the others had to share theirs with,
 // and fewer threads that are never put aside finish sooner than all of them where one is, every few milliseconds, in the
 // middle of a tile. A job of long tiles takes many of those milliseconds anyway, and is done sooner by all.
+//
+// A worker can also drive: it runs a program, job by job, while the thread that asked for it does something else and comes
+// back to help. So that thread's work costs the program a share of one thread, and neither waits for the other.
 #pragma once
 
 #include <algorithm>
@@ -51,6 +54,7 @@ class ThreadPool {
 
   // Threads that work on a job, the calling one included. Ends and starts workers; not while a job runs.
   void resize(int num_threads) {
+    become_driver();  // first: a driver needs the lock to end
     std::lock_guard<std::mutex> one_caller(run_mutex_);
     stop();
     resting_.store(0);
@@ -58,6 +62,7 @@ class ThreadPool {
     ranges_ = std::vector<Range>(num_threads);
     fetched_ = std::vector<Fetched>(num_threads);
     for (int i = 1; i < num_threads; ++i) workers_.emplace_back([this, i] { work(i); });
+    driving_.store(kNobody, std::memory_order_release);
   }
 
   int num_threads() const { return static_cast<int>(workers_.size()) + 1; }
@@ -83,24 +88,55 @@ class ThreadPool {
     job_ = &fn;
     may_rest_ = !are_long;
     done_.store(0, std::memory_order_relaxed);
+    const int self = place();
     for (int i = 0; i < num_threads(); ++i)
       ranges_[i].store(num_tiles * i / num_threads(), num_tiles * (i + 1) / num_threads());
     if (sleepers_.load(std::memory_order_seq_cst) > 0) {
       { std::lock_guard<std::mutex> lock(sleep_mutex_); }
       wake_.notify_all();
     }
-    take_tiles(0);
+    take_tiles(self);
     // Every tile was handed out; those of other threads may still run.
-    while (done_.load(std::memory_order_acquire) < num_tiles) fetch_or_relax(0);
+    while (done_.load(std::memory_order_acquire) < num_tiles) fetch_or_relax(self);
   }
 
-  ~ThreadPool() { stop(); }
+  // Has a worker call `program`, which calls run(), and set `is_done` as the last thing. False where no worker is free for it:
+  // nothing was called. Both must stay until then; `program` must not throw.
+  bool drive(const std::function<void()>& program, std::atomic<bool>& is_done) {
+    int nobody = kNobody;
+    if (workers_.empty() || !driving_.compare_exchange_strong(nobody, kTaken, std::memory_order_acq_rel)) return false;
+    program_ = &program;
+    is_program_done_ = &is_done;
+    driving_.store(kReady, std::memory_order_seq_cst);
+    if (sleepers_.load(std::memory_order_seq_cst) > 0) {
+      { std::lock_guard<std::mutex> lock(sleep_mutex_); }
+      wake_.notify_all();
+    }
+    return true;
+  }
+
+  // Takes tiles of a driven program until it is done.
+  void help(const std::atomic<bool>& is_done) {
+    while (!is_done.load(std::memory_order_acquire)) {
+      take_tiles(0);
+      for (int i = 0; i < 32 && !has_tiles() && !is_done.load(std::memory_order_acquire); ++i) fetch_or_relax(0);
+    }
+  }
+
+  ~ThreadPool() {
+    become_driver();
+    stop();
+  }
 
  private:
   using Clock = std::chrono::steady_clock;
   static constexpr uint64_t kNext = 0xffffffffu;
-  // Longer than the gaps between two operations of a step, shorter than what a neighbour would miss.
-  static constexpr std::chrono::microseconds kSpin{300};
+  // Whether anybody drives, or is about to.
+  static constexpr int kNobody = 0, kTaken = 1, kReady = 2;
+  // The worker that drives: the last one to be sent to rest.
+  static constexpr int kDriver = 1;
+  // Longer than the gaps between two operations and between two steps, shorter than what a neighbour would miss.
+  static constexpr std::chrono::microseconds kSpin{1000};
   static constexpr std::chrono::microseconds kSlowTile{1000};
   static constexpr std::chrono::milliseconds kNeighbour{20}, kRest{50}, kLongestRest{800};
 
@@ -123,6 +159,33 @@ class ThreadPool {
    private:
     std::atomic<uint64_t> state_{0};
   };
+
+  // The thread's range: a worker's own, and the first for every thread of others.
+  static int& place() {
+    static thread_local int place = 0;
+    return place;
+  }
+
+  bool must_drive(int worker) const {
+    return worker == kDriver && driving_.load(std::memory_order_seq_cst) == kReady;
+  }
+
+  void drive_program() {
+    driving_.store(kTaken, std::memory_order_relaxed);
+    (*program_)();
+    std::atomic<bool>& is_done = *is_program_done_;
+    driving_.store(kNobody, std::memory_order_release);
+    is_done.store(true, std::memory_order_release);
+  }
+
+  // Waits until nobody drives, and lets nobody begin.
+  void become_driver() {
+    int nobody = kNobody;
+    while (!driving_.compare_exchange_weak(nobody, kTaken, std::memory_order_acq_rel)) {
+      nobody = kNobody;
+      std::this_thread::yield();
+    }
+  }
 
   bool has_tiles() const {
     return std::any_of(ranges_.begin(), ranges_.begin() + num_workers_ + 1, [](const Range& r) { return r.has_tiles(); });
@@ -178,25 +241,29 @@ class ThreadPool {
     wake_up_.notify_all();
   }
 
-  // A thread's place in what is expected.
+  // A thread's place in what is expected. Atomic, as threads of others may share the first.
   struct alignas(64) Fetched {
-    const char* data = nullptr;
-    int64_t next = 0, end = 0;
+    std::atomic<const char*> data{nullptr};
+    std::atomic<int64_t> next{0}, end{0};
   };
 
   // Fetches a line of what is expected, as long as the thread's share has one and half of its own cache has room; else waits
   // a moment.
   void fetch_or_relax(int thread) {
+    constexpr auto relaxed = std::memory_order_relaxed;
     Fetched& f = fetched_[thread];
     const char* data = expected_data_.load(std::memory_order_acquire);
-    if (f.data != data) {
-      const int64_t tiles = expected_tiles_.load(std::memory_order_relaxed), n = num_workers_ + 1;
-      const int64_t bytes = expected_tile_bytes_.load(std::memory_order_relaxed), first = tiles * thread / n * bytes;
-      f = {data, first, std::min(first + second_level_cache() / 2, tiles * (thread + 1) / n * bytes)};
+    if (f.data.load(relaxed) != data) {
+      const int64_t tiles = expected_tiles_.load(relaxed), n = num_workers_ + 1;
+      const int64_t bytes = expected_tile_bytes_.load(relaxed), first = tiles * thread / n * bytes;
+      f.data.store(data, relaxed);
+      f.next.store(first, relaxed);
+      f.end.store(std::min(first + second_level_cache() / 2, tiles * (thread + 1) / n * bytes), relaxed);
     }
-    if (f.next < f.end) {
-      __builtin_prefetch(data + f.next, 0, 2);
-      f.next += 64;
+    const int64_t next = f.next.load(relaxed);
+    if (next < f.end.load(relaxed)) {
+      __builtin_prefetch(data + next, 0, 2);
+      f.next.store(next + 64, relaxed);
     } else {
       cpu_relax();
     }
@@ -211,15 +278,17 @@ class ThreadPool {
   }
 
   void work(int worker) {
+    place() = worker;
     while (true) {
+      if (must_drive(worker)) drive_program();
       if (must_rest(worker)) rest();
       take_tiles(worker);
       spin(worker);
       if (stopping_.load()) return;
-      if (has_tiles() || must_rest(worker)) continue;
+      if (has_tiles() || must_rest(worker) || must_drive(worker)) continue;
       std::unique_lock<std::mutex> lock(sleep_mutex_);
       sleepers_.fetch_add(1, std::memory_order_seq_cst);
-      wake_.wait(lock, [this] { return has_tiles() || stopping_.load(); });
+      wake_.wait(lock, [this, worker] { return has_tiles() || must_drive(worker) || stopping_.load(); });
       sleepers_.fetch_sub(1, std::memory_order_seq_cst);
       if (stopping_.load()) return;
     }
@@ -230,7 +299,7 @@ class ThreadPool {
     const auto until = Clock::now() + kSpin;
     do {
       for (int i = 0; i < 32; ++i) {  // a pause takes 4 to 140 cycles, by processor
-        if (has_tiles() || stopping_.load(std::memory_order_relaxed)) return;
+        if (has_tiles() || must_drive(worker) || stopping_.load(std::memory_order_relaxed)) return;
         fetch_or_relax(worker);
       }
     } while (Clock::now() < until);
@@ -258,6 +327,9 @@ class ThreadPool {
   std::chrono::milliseconds rest_ = kRest;
   std::atomic<int> resting_{0};  // workers that take no tiles, the last ones
   const std::function<void(int64_t)>* job_ = nullptr;
+  const std::function<void()>* program_ = nullptr;
+  std::atomic<bool>* is_program_done_ = nullptr;
+  std::atomic<int> driving_{kNobody};
   std::atomic<bool> may_rest_{true};  // as the job's tiles are short
   std::vector<Range> ranges_{1};  // of each thread, the caller's first
   std::vector<Fetched> fetched_{1};

@@ -1,0 +1,212 @@
+"""The next step runs while the outputs of the one before are handed out: the same tokens, and nothing lost or left."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from multibatch import LLM, SamplingParams
+from multibatch.artifact import Artifact
+from multibatch.config import EngineConfig
+from multibatch.engine import Engine
+from multibatch.errors import ConfigError, StepError
+from multibatch.request import RequestOutput
+from multibatch.structured_outputs import StructuredOutputsParams
+from tests.e2e.pretended_programs import PretendedPrograms, continuation, pretended_engine
+
+LONG = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, detokenize=False)
+
+
+@pytest.fixture
+def engine(eager_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    monkeypatch.setattr(PretendedPrograms, "can_start", True)
+    return pretended_engine(eager_artifact)[0]
+
+
+def expected(engine: Engine, prompt: list[int], num_tokens: int) -> list[int]:
+    return continuation(prompt, num_tokens, engine.manifest.model.vocab_size)
+
+
+def assert_idle(engine: Engine) -> None:
+    assert not engine.has_unfinished
+    assert not engine.is_ahead
+    assert engine.kv_cache_usage == 0
+    engine.scheduler.check_integrity()
+
+
+def tokens_of(outputs: list[RequestOutput]) -> dict[str, list[int]]:
+    return {output.request_id: output.outputs[0].token_ids for output in outputs}
+
+
+def varied() -> tuple[list[list[int]], list[SamplingParams]]:
+    """Requests that end, draw and ask in every way there is."""
+    rng = random.Random(5)
+    prompts = [[rng.randrange(16, 300) for _ in range(rng.randrange(1, 60))] for _ in range(24)]
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.0, "ignore_eos": True},
+        {"temperature": 0.0, "logprobs": 2},
+        {"temperature": 1.5, "top_k": 20, "stop": ["1", "e"]},
+        {"temperature": 0.9, "n": 2, "repetition_penalty": 1.2},
+        {"temperature": 0.0, "prompt_logprobs": 1},
+        {"temperature": 1.0, "structured_outputs": StructuredOutputsParams(choice=["yes", "no", "maybe"])},
+        {"temperature": 1.0, "stop_token_ids": list(range(100, 200)), "min_tokens": 3},
+        {"temperature": 1.0, "bad_words": ["the"], "min_p": 0.02},
+    ]
+    params = [SamplingParams(seed=i, max_tokens=rng.randrange(1, 30), **kinds[i % 8]) for i in range(24)]
+    return prompts, params
+
+
+def told(outputs: list[RequestOutput]) -> list[Any]:
+    """All that a request is told, but when."""
+    return [
+        (o.prompt_logprobs, [(c.token_ids, c.text, c.finish_reason, c.stop_reason, c.logprobs) for c in o.outputs])
+        for o in outputs
+    ]
+
+
+@pytest.mark.parametrize("options", [{}, {"num_kv_blocks": 8}, {"max_num_seqs": 3, "enable_prefix_caching": False}])
+def test_every_kind_of_request_is_told_the_same(demo_artifact: Path, options: dict[str, Any]) -> None:
+    prompts, params = varied()
+    found = []
+    for ahead in (False, True):
+        llm = LLM(demo_artifact, async_scheduling=ahead, num_threads=2, **options)
+        found.append(told(llm.generate(prompts, params, use_tqdm=False)))
+        found.append(told(llm.generate(prompts, params, use_tqdm=False)))
+        assert_idle(llm.engine)
+    assert found[0] == found[2]
+    assert found[1] == found[3]
+
+
+def test_the_next_step_has_begun_when_one_has_ended(engine: Engine) -> None:
+    engine.add_request("a", [5], LONG)
+    for _ in range(3):
+        engine.step()
+        assert engine.is_ahead
+    engine.run_all()
+    assert_idle(engine)
+
+
+def test_an_id_may_be_used_again_while_the_step_of_its_old_request_runs(engine: Engine) -> None:
+    engine.add_request("a", [5, 6, 7], LONG)
+    engine.add_request("b", [9], LONG)
+    for _ in range(4):
+        engine.step()
+    output = engine.abort("a")
+    assert output is not None
+    assert output.outputs[0].token_ids == expected(engine, [5, 6, 7], 4)
+    engine.add_request("a", [8], LONG)
+    assert "a" not in tokens_of(engine.step())  # this step was begun before it came
+    done = engine.run_all()
+    assert done["a"].outputs[0].token_ids == expected(engine, [8], 40)
+    assert done["b"].outputs[0].token_ids == expected(engine, [9], 40)
+    assert_idle(engine)
+
+
+def test_the_abort_of_the_last_request_waits_for_its_step(engine: Engine) -> None:
+    engine.add_request("a", [5], LONG)
+    engine.step()
+    assert engine.is_ahead
+    engine.abort("a")
+    assert_idle(engine)
+    engine.add_request("b", [6], LONG)
+    assert engine.run_all()["b"].outputs[0].token_ids == expected(engine, [6], 40)
+
+
+def test_the_threads_of_torch_rest_while_a_step_runs(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    resting = 0
+
+    @contextlib.contextmanager
+    def own_threads() -> Iterator[None]:
+        nonlocal resting
+        resting += 1
+        yield
+        resting -= 1
+
+    monkeypatch.setattr(engine._programs, "own_threads", own_threads)
+    for ends_alone in (True, False):
+        engine.add_request("a", [5], LONG)
+        while engine.has_unfinished:
+            engine.step()
+            assert resting == engine.is_ahead
+            if not ends_alone:
+                engine.abort("a")
+        assert resting == 0
+
+
+def test_what_came_while_a_step_ran_is_in_the_next_one(engine: Engine) -> None:
+    engine.add_request("a", [5], LONG)
+    engine.step()
+    arriving = ["b"]
+
+    def arrivals() -> None:
+        if arriving:
+            engine.add_request(arriving.pop(), [6, 7], LONG)
+
+    assert list(tokens_of(engine.step(arrivals))) == ["a"]
+    assert tokens_of(engine.step(arrivals)) == {
+        "b": expected(engine, [6, 7], 1),
+        "a": expected(engine, [5], 3),
+    }
+    engine.run_all()
+    assert_idle(engine)
+
+
+def test_a_call_that_fails_on_its_way_fails_its_requests_by_name(
+    eager_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PretendedPrograms, "can_start", True)
+    engine, programs = pretended_engine(eager_artifact)
+
+    def fail() -> None:
+        programs.on_call = lambda: None
+        raise RuntimeError("injected")
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("no room")
+
+    engine.add_request("a", [5], LONG)
+    engine.step()
+    engine.add_request("b", [6], LONG)  # not in the step that runs
+    programs.on_call = fail
+    with pytest.raises(StepError, match="injected") as caught:
+        engine.run_all()
+    assert list(caught.value.request_ids) == ["a"]
+    assert_idle(engine)
+    # One that cannot even begin fails its requests too, and what the step before gave is told.
+    engine.add_request("d", [5], LONG)
+    engine.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(programs, "start", refuse)
+        assert tokens_of(engine.step()) == {"d": expected(engine, [5], 2)}
+    (output,) = engine.step()
+    assert output.outputs[0].finish_reason == "error"
+    assert "no room" in str(engine.failure)
+    assert_idle(engine)
+    # Nobody hears of a call whose requests are gone.
+    engine.add_request("c", [7], LONG)
+    engine.step()
+    programs.on_call = fail
+    engine.abort("c")
+    assert_idle(engine)
+
+
+def test_it_can_be_asked_for_or_not(eager_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for ahead in (None, False):
+        engine, _ = pretended_engine(eager_artifact, async_scheduling=ahead)
+        engine.add_request("a", [5], LONG)
+        engine.step()
+        assert not engine.is_ahead
+    with pytest.raises(ConfigError, match="async_scheduling is True"):
+        Engine(Artifact.open(eager_artifact), EngineConfig(async_scheduling=True))
+    monkeypatch.setattr(PretendedPrograms, "can_start", True)
+    engine, _ = pretended_engine(eager_artifact, async_scheduling=False)
+    engine.add_request("a", [5], LONG)
+    engine.step()
+    assert not engine.is_ahead
+    with pytest.raises(ConfigError, match="async_scheduling is 1"):
+        EngineConfig(async_scheduling=1)  # type: ignore[arg-type]
