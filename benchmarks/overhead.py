@@ -45,6 +45,10 @@ class Timed:
         """See `LoadedPrograms.start`."""
         return TimedCall(self._programs.start(program, inputs, pool), self.seconds)
 
+    def settle(self) -> None:
+        """See `LoadedPrograms.settle`."""
+        self._programs.settle()
+
 
 class TimedCall:
     """A call whose seconds are noted when it is finished."""

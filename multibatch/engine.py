@@ -93,7 +93,7 @@ class Engine:
         self._num_requests = 0
         # None, or the step that runs while its caller does something else; and torch's threads, which rest meanwhile.
         self._ahead: Launch | None = None
-        self._resting_threads = contextlib.ExitStack()
+        self._resting_threads: contextlib.ExitStack | None = None
         self._starts_ahead = self._programs.can_start if config.async_scheduling is None else config.async_scheduling
         if self._starts_ahead and not self._programs.can_start:
             raise ConfigError(
@@ -231,7 +231,8 @@ class Engine:
         With `async_scheduling` the step after it runs already when this returns; what is added now is in the one after that.
 
         Args:
-            arrivals: called before a step is planned, to add requests that came while another ran.
+            arrivals: called before a step is planned, to add requests that came while another ran. It must not raise: the outputs
+                of the step before are not made yet.
         """
         launch = self._ahead
         if launch is None:
@@ -240,21 +241,35 @@ class Engine:
             launch = self._launch(starts=False)
         outputs = self._land(launch, arrivals)
         self._ground()
-        if self._ahead is None:
-            self._resting_threads.close()
-        else:
+        if self._ahead is not None:
             self._ahead.rows = self._plain_rows(self._ahead.step)
         return outputs
 
+    def wait_ahead(self) -> None:
+        """Waits for the step that runs while nobody waits for it; the next `step` tells what came of it."""
+        launch = self._ahead
+        if launch is None or launch.started is None or launch.found is not None or launch.error is not None:
+            return
+        try:
+            launch.found = self.runner.finish(launch.started)
+        except RuntimeError as error:
+            launch.error = error
+        self._wake_threads()
+
     def _ground(self) -> None:
         """Waits for the step that runs, where nobody wants it any more."""
-        if self._ahead is not None and not self.has_unfinished:
-            launch, self._ahead = self._ahead, None
-            with contextlib.suppress(RuntimeError, StepError):  # of requests that have ended
-                if launch.started is not None:
-                    self.runner.finish(launch.started)
-                    self.runner.record(launch.started)
-            self._resting_threads.close()
+        if not self.has_unfinished:
+            self.wait_ahead()
+            if self._ahead is not None and self._ahead.found is not None and self._ahead.started is not None:
+                self.runner.record(self._ahead.started)
+            self._ahead = None
+            self._programs.settle()  # of a step whose launch was interrupted
+            self._wake_threads()
+
+    def _wake_threads(self) -> None:
+        resting, self._resting_threads = self._resting_threads, None
+        if resting is not None:
+            resting.close()
 
     def _launch(self, *, starts: bool) -> Launch:
         """Plans the next step and begins it, if asked to."""
@@ -273,14 +288,15 @@ class Engine:
                 launch.error = error
         return launch
 
-    def _launch_ahead(self, launch: Launch, arrivals: Callable[[], None] | None) -> None:
-        """Begins the step after one that has ended, if there is one and it can run beside Python."""
+    def _launch_ahead(self, arrivals: Callable[[], None] | None) -> None:
+        """Begins the next step, if there is one and it can run beside Python."""
         if not self._starts_ahead:
             return
         if arrivals is not None:
             arrivals()
         if self.has_unfinished:
-            if launch.started is None:
+            if self._resting_threads is None:
+                self._resting_threads = contextlib.ExitStack()
                 self._resting_threads.enter_context(self._programs.own_threads())
             self._ahead = self._launch(starts=True)
 
@@ -288,6 +304,7 @@ class Engine:
         """Ends a step, begins the next one and tells what came of the first."""
         step = launch.step
         predicted = self._step_times.predict(step)
+        wanted = [sequence for sequence in step.sampled if not sequence.is_finished]
         try:
             if launch.error is not None:
                 raise launch.error
@@ -295,7 +312,7 @@ class Engine:
         except (RuntimeError, StepError) as error:
             self._ahead = None
             outputs = self._fail(step, error)
-            self._launch_ahead(launch, arrivals)
+            self._launch_ahead(arrivals)
             return outputs
         self._ahead = None
         live = [sequence for sequence in step.sampled if not sequence.is_finished]
@@ -303,7 +320,7 @@ class Engine:
         now = time.monotonic()
         ms = (now - launch.begin - launch.idle_seconds) * 1000
         self.scheduler.step_done(step, ms)
-        self._launch_ahead(launch, arrivals)
+        self._launch_ahead(arrivals)
         if launch.started is not None:
             self.runner.record(launch.started)
         self.stats.iteration_tokens.observe(step.num_prefill_tokens + len(step.decode))
@@ -318,7 +335,7 @@ class Engine:
                     waits[wait] = waits.get(wait, 0) + 1
         for wait, num_tokens in waits.items():
             self.stats.next_tokens(wait, num_tokens)
-        owners = [owner for sequence in step.sampled if (owner := self._owner_of(sequence)) is not None]
+        owners = [owner for sequence in wanted if (owner := self._owner_of(sequence)) is not None]
         return self._outputs(group.request_id for group, _ in owners)
 
     def _compare(self, step: ScheduledStep, predicted_ms: float, ms: float) -> None:
@@ -389,7 +406,7 @@ class Engine:
         """
         logits: torch.Tensor | None = None
         if launch is not None and launch.started is not None:
-            logits, highest = self.runner.finish(launch.started)
+            logits, highest = launch.found or self.runner.finish(launch.started)
             sampled = self._take(launch, highest)
             if sampled is not None:
                 return sampled
@@ -404,7 +421,7 @@ class Engine:
 
     def _take(self, launch: Launch, highest: torch.Tensor | None) -> SampledRows | None:
         """Takes the tokens that the step found itself; None where there is more to it."""
-        if launch.rows is None or highest is None:
+        if launch.rows is None or highest is None or len(highest) != len(launch.rows):  # more: of prompt_logprobs
             return None
         for sequence in launch.step.sampled:
             if sequence.is_finished:
@@ -537,6 +554,7 @@ class Engine:
         }
 
     def _fail(self, step: ScheduledStep, error: Exception) -> list[RequestOutput]:
+        self._programs.settle()
         failed = self.scheduler.fail(step)
         names = list(dict.fromkeys(self._owner[sequence.request_id][0].request_id for sequence in failed))
         self.failure = StepError(f"a step failed: {error}", names)

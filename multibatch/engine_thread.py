@@ -280,6 +280,7 @@ class EngineThread:
         if mode == "abort":
             self._abort_all([s.request_id for s in self._submissions() if s.request_id not in self._held])
         if mode == "keep":
+            self._engine.wait_ahead()
             done.set_result(None)
         else:
             self._drain.append((done, clear_cache))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from multibatch.runner import StartedStep
 from multibatch.sampling_row import SamplingRow
 from multibatch.scheduled_step import ScheduledStep
@@ -19,11 +21,13 @@ class Launch:
     started: StartedStep | None = None
     """None where it is computed when somebody waits for it."""
     error: RuntimeError | None = None
-    """Why it could not be begun."""
+    """Why it could not be begun, or why it failed where somebody waited for it before it was wanted."""
+    found: tuple[torch.Tensor, torch.Tensor | None] | None = None
+    """What `Runner.finish` gave, where somebody waited for it before it was wanted."""
     rows: list[SamplingRow] | None = None
     """Of `step.sampled`, where each token is the maximum of the logits as they come, and nothing else is asked."""
 
     @property
     def idle_seconds(self) -> float:
-        """Between the end of its programs and when somebody asked for it."""
+        """In which it was begun and did not run."""
         return 0.0 if self.started is None else self.started.idle_seconds

@@ -8,6 +8,7 @@ packed once, and every program of a ladder shares both. What an operator compute
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -184,15 +185,29 @@ def logit_passes() -> LogitPasses:
     )
 
 
+class _Resting(threading.local):
+    """How many wait for the threads of torch to rest, and how many there were; two engines of one thread may overlap."""
+
+    depth = 0
+    before = 1
+
+
+_RESTING = _Resting()
+
+
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
     """Torch's own threads rest meanwhile: after a job they spin for milliseconds, on the cores of the operators' threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    if not _RESTING.depth:
+        _RESTING.before = torch.get_num_threads()
+        torch.set_num_threads(1)
+    _RESTING.depth += 1
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        _RESTING.depth -= 1
+        if not _RESTING.depth:
+            torch.set_num_threads(_RESTING.before)
 
 
 def set_num_threads(num_threads: int) -> None:

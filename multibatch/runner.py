@@ -65,10 +65,9 @@ class Runner:
 
         Its first call is recorded by `record`.
         """
-        asked = self._clock()
         result = started.running.finish()
         started.seconds = result.seconds
-        started.idle_seconds = max(0.0, asked - started.begun - result.seconds)
+        started.idle_seconds = max(0.0, self._clock() - started.begun - result.seconds)
         first = started.first
         if started.others:
             return self._joined([first.strip(result.logits), *map(self._run, started.others)]), None
@@ -165,4 +164,4 @@ class StartedStep:
     seconds: float = 0.0
     """Once it is finished: how long its first call took."""
     idle_seconds: float = 0.0
-    """Once it is finished: between the end of its first call and when somebody asked for it."""
+    """Once it is finished: since `begun`, without its first call."""

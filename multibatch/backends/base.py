@@ -57,6 +57,10 @@ class LoadedPrograms(Protocol):
         """Begins what `run` does; at most one call at a time, and its inputs stay as they are until it is finished."""
         ...
 
+    def settle(self) -> None:
+        """Waits for a call that was begun and that nobody will finish."""
+        ...
+
 
 class NeverStarts:
     """The part of `LoadedPrograms` that starts calls, for programs that run while Python waits."""
@@ -66,6 +70,9 @@ class NeverStarts:
     def start(self, program: str, inputs: ProgramInputs, pool: KVPool) -> StartedCall:
         """Not to be called."""
         raise NotImplementedError(f"{type(self).__name__} runs {program} only while Python waits")
+
+    def settle(self) -> None:
+        """Nothing was begun."""
 
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

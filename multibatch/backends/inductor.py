@@ -127,6 +127,12 @@ class InductorPrograms:
         self._bound(program, started, pool).start(inputs.tensors())
         return _Started(started)
 
+    def settle(self) -> None:
+        """See `base.LoadedPrograms.settle`."""
+        for program in self._programs.values():
+            if can_start(program):
+                program.settle()
+
     def _bound(self, name: str, program: StartableProgram, pool: KVPool) -> StartableProgram:
         """The program, with this pool behind its inputs."""
         if self._pools.get(name) is not pool:

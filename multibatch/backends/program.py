@@ -40,6 +40,10 @@ class StartableProgram(Program, Protocol):
         """Ends the run, the calling thread helping: its outputs, `first_maxima` of the first of them, and the seconds it took."""
         ...
 
+    def settle(self) -> None:
+        """Ends a run that nobody will finish; nothing where there is none."""
+        ...
+
 
 def can_start(program: Program) -> TypeGuard[StartableProgram]:
     """Whether the operator library that runs it can do so while Python goes on."""

@@ -43,6 +43,9 @@ class PretendedPrograms:
     def start(self, program: str, inputs: ProgramInputs, pool: KVPool) -> PretendedCall:
         return PretendedCall(partial(self.run, program, inputs, pool))
 
+    def settle(self) -> None:
+        """Nothing runs by itself."""
+
 
 class PretendedCall:
     """Runs when it is waited for, so that all which comes between comes before."""

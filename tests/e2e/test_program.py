@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from multibatch import ops
 from multibatch.artifact import Artifact
 from multibatch.backends.base import DTYPES
 from multibatch.backends.inductor import InductorPrograms
@@ -139,13 +140,33 @@ def test_two_calls_at_once_are_refused_and_one_that_is_forgotten_ends(demo_artif
     call = loaded.start(name, inputs, pool)
     with pytest.raises(RuntimeError, match="finish it first"):
         loaded.start(name, inputs, pool)
+    with pytest.raises(RuntimeError, match="finish it first"):
+        loaded.run(name, inputs, pool)
     assert torch.equal(call.finish().logits, expected)
     with pytest.raises(RuntimeError, match="not started"):
         call.finish()
     loaded.start(name, inputs, pool)
+    loaded.settle()
+    assert torch.equal(loaded.run(name, inputs, pool), expected)
+    loaded.start(name, inputs, pool)
     del loaded, call  # waits for it, as its weights go with it
     again, name, _ = started(demo_artifact, 2)
     assert torch.equal(again.run(name, inputs, pool), expected)
+
+
+def test_torch_has_its_threads_again_however_those_who_rest_them_overlap() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        first, second = ops.one_torch_thread(), ops.one_torch_thread()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert torch.get_num_threads() == 1
+        second.__exit__(None, None, None)
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_two_engines_of_one_process_start_calls_side_by_side(demo_artifact: Path) -> None:

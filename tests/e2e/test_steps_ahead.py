@@ -16,6 +16,7 @@ from multibatch.config import EngineConfig
 from multibatch.engine import Engine
 from multibatch.errors import ConfigError, StepError
 from multibatch.request import RequestOutput
+from multibatch.sampling_params import RequestOutputKind
 from multibatch.structured_outputs import StructuredOutputsParams
 from tests.e2e.pretended_programs import PretendedPrograms, continuation, pretended_engine
 
@@ -80,6 +81,79 @@ def test_every_kind_of_request_is_told_the_same(demo_artifact: Path, options: di
         assert_idle(llm.engine)
     assert found[0] == found[2]
     assert found[1] == found[3]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_a_prompt_in_pieces_tells_its_logprobs_beside_plain_rows(demo_artifact: Path, ahead: bool) -> None:
+    engine = LLM(demo_artifact, async_scheduling=ahead, num_threads=2).engine
+    alone = LLM(demo_artifact, async_scheduling=False, num_threads=2).engine
+    prompt = [16 + i for i in range(100)]  # more than a step takes
+    asking = SamplingParams(temperature=0.0, max_tokens=5, prompt_logprobs=0, detokenize=False)
+    engine.add_request("plain", [50], LONG)
+    for _ in range(3):
+        engine.step()
+    engine.add_request("asking", prompt, asking)
+    alone.add_request("asking", prompt, asking)
+    found, expected = engine.run_all(), alone.run_all()["asking"]
+    assert told([found["asking"]]) == told([expected])
+    assert expected.prompt_logprobs is not None
+    assert len(expected.prompt_logprobs) == 100
+    assert len(found["plain"].outputs[0].token_ids) == 40
+    assert_idle(engine)
+
+
+def test_a_step_may_be_waited_for_before_it_is_told(demo_artifact: Path) -> None:
+    engine = LLM(demo_artifact, num_threads=2).engine
+    found = []
+    for waits in (True, False):
+        engine.add_request("a", [50, 51], LONG)
+        while engine.has_unfinished:
+            found += engine.step()
+            if waits:
+                engine.wait_ahead()
+                engine.wait_ahead()
+        assert_idle(engine)
+    half = len(found) // 2
+    assert [o.outputs[0].token_ids for o in found[:half]] == [o.outputs[0].token_ids for o in found[half:]]
+
+
+def test_an_interrupted_launch_leaves_nothing_behind(demo_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = LLM(demo_artifact, num_threads=2)
+    expected = told(llm.generate([50, 51], LONG, use_tqdm=False))
+    inner, calls = llm.engine.runner.start, 0
+
+    def interrupted(step: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        inner(step)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(llm.engine.runner, "start", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate([50, 51], LONG, use_tqdm=False)
+    assert calls == 1
+    assert_idle(llm.engine)
+    assert told(llm.generate([50, 51], LONG, use_tqdm=False)) == expected
+
+
+def test_an_output_that_ended_is_told_once(eager_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PretendedPrograms, "can_start", True)
+    params = SamplingParams(temperature=0.0, max_tokens=30, ignore_eos=True)
+    whole = pretended_engine(eager_artifact)[0]
+    whole.add_request("a", [5], params)
+    text = whole.run_all()["a"].outputs[0].text
+    engine = pretended_engine(eager_artifact, max_num_seqs=1)[0]
+    stopping = SamplingParams(
+        temperature=0.01, max_tokens=30, ignore_eos=True, n=2, stop=[text[3:6]], output_kind=RequestOutputKind.DELTA
+    )
+    engine.add_request("a", [5], stopping)
+    outputs = []
+    while engine.has_unfinished:
+        outputs += engine.step()
+    assert [c.finish_reason for c in outputs[-1].outputs][-1] == "stop"
+    assert all(any(c.token_ids for c in output.outputs) for output in outputs)
+    assert_idle(engine)
 
 
 def test_the_next_step_has_begun_when_one_has_ended(engine: Engine) -> None:

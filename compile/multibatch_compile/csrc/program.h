@@ -36,13 +36,19 @@ class Program : public torch::CustomClassHolder {
   }
 
   // What each call gets behind its inputs from now on. To hand tensors over one by one costs a microsecond or two each.
-  void bind(std::vector<at::Tensor> others) { others_ = std::move(others); }
+  void bind(std::vector<at::Tensor> others) {
+    check_is_free();
+    others_ = std::move(others);
+  }
 
-  std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs) { return loader_.boxed_run(arguments(inputs)); }
+  std::vector<at::Tensor> run(const std::vector<at::Tensor>& inputs) {
+    check_is_free();
+    return loader_.boxed_run(arguments(inputs));
+  }
 
   // Begins a run and returns. Where no thread is free for it, `finish` runs it.
   void start(std::vector<at::Tensor> inputs) {
-    TORCH_CHECK(!is_started_, "Program.start: it was started already; finish it first");
+    check_is_free();
     inputs_ = std::move(inputs);
     is_done_.store(false);
     is_started_ = true;
@@ -59,11 +65,18 @@ class Program : public torch::CustomClassHolder {
     return {std::move(outputs_), std::move(maxima_), seconds_};
   }
 
-  ~Program() override {
+  // Ends a run that nobody will finish.
+  void settle() {
     if (is_started_ && is_driven_) await();
+    is_started_ = false;
+    error_ = nullptr;
   }
 
+  ~Program() override { settle(); }
+
  private:
+  void check_is_free() const { TORCH_CHECK(!is_started_, "the program was started already; finish it first"); }
+
   void await() {
     if (is_driven_) {
       ThreadPool::instance().help(is_done_);
@@ -114,5 +127,6 @@ TORCH_LIBRARY_FRAGMENT(multibatch, library) {
       .def("bind", &multibatch::Program::bind)
       .def("run", &multibatch::Program::run)
       .def("start", &multibatch::Program::start)
-      .def("finish", &multibatch::Program::finish);
+      .def("finish", &multibatch::Program::finish)
+      .def("settle", &multibatch::Program::settle);
 }

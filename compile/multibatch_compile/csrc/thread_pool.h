@@ -55,6 +55,7 @@ class ThreadPool {
   // Threads that work on a job, the calling one included. Ends and starts workers; not while a job runs.
   void resize(int num_threads) {
     become_driver();  // first: a driver needs the lock to end
+    while (helpers_.load(std::memory_order_seq_cst) > 0) std::this_thread::yield();  // of the program that ended last
     std::lock_guard<std::mutex> one_caller(run_mutex_);
     stop();
     resting_.store(0);
@@ -117,10 +118,12 @@ class ThreadPool {
 
   // Takes tiles of a driven program until it is done.
   void help(const std::atomic<bool>& is_done) {
+    helpers_.fetch_add(1, std::memory_order_seq_cst);
     while (!is_done.load(std::memory_order_acquire)) {
       take_tiles(0);
       for (int i = 0; i < 32 && !has_tiles() && !is_done.load(std::memory_order_acquire); ++i) fetch_or_relax(0);
     }
+    helpers_.fetch_sub(1, std::memory_order_seq_cst);
   }
 
   ~ThreadPool() {
@@ -329,7 +332,7 @@ class ThreadPool {
   const std::function<void(int64_t)>* job_ = nullptr;
   const std::function<void()>* program_ = nullptr;
   std::atomic<bool>* is_program_done_ = nullptr;
-  std::atomic<int> driving_{kNobody};
+  std::atomic<int> driving_{kNobody}, helpers_{0};
   std::atomic<bool> may_rest_{true};  // as the job's tiles are short
   std::vector<Range> ranges_{1};  // of each thread, the caller's first
   std::vector<Fetched> fetched_{1};
