@@ -254,6 +254,7 @@ class Engine:
             launch.found = self.runner.finish(launch.started)
         except RuntimeError as error:
             launch.error = error
+        launch.waited = time.monotonic()
         self._wake_threads()
 
     def _ground(self) -> None:
@@ -308,6 +309,8 @@ class Engine:
         try:
             if launch.error is not None:
                 raise launch.error
+            if launch.waited is not None:
+                launch.begin += time.monotonic() - launch.waited
             sampled = self.compute(step, launch)
         except (RuntimeError, StepError) as error:
             self._ahead = None

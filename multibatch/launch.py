@@ -24,6 +24,8 @@ class Launch:
     """Why it could not be begun, or why it failed where somebody waited for it before it was wanted."""
     found: tuple[torch.Tensor, torch.Tensor | None] | None = None
     """What `Runner.finish` gave, where somebody waited for it before it was wanted."""
+    waited: float | None = None
+    """When that was, of `time.monotonic`; what passes since then is none of the step's time."""
     rows: list[SamplingRow] | None = None
     """Of `step.sampled`, where each token is the maximum of the logits as they come, and nothing else is asked."""
 

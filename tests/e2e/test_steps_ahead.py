@@ -117,6 +117,21 @@ def test_a_step_may_be_waited_for_before_it_is_told(demo_artifact: Path) -> None
     assert [o.outputs[0].token_ids for o in found[:half]] == [o.outputs[0].token_ids for o in found[half:]]
 
 
+def test_a_pause_is_none_of_a_steps_time(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, found = [100.0], []
+    monkeypatch.setattr("multibatch.engine.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(engine.scheduler, "step_done", lambda _, ms: found.append(ms))
+    engine.add_request("a", [5], LONG)
+    engine.step()
+    engine.wait_ahead()
+    clock[0] += 1000
+    engine.step()
+    clock[0] += 1  # the step runs
+    engine.step()
+    assert found[1] < 500
+    assert found[2] > 500
+
+
 def test_an_interrupted_launch_leaves_nothing_behind(demo_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     llm = LLM(demo_artifact, num_threads=2)
     expected = told(llm.generate([50, 51], LONG, use_tqdm=False))
