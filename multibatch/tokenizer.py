@@ -55,6 +55,28 @@ class Tokenizer:
         return ids
 
 
+class TokenizerFolder:
+    """Where an artifact has its tokenizer, if it has one. It is loaded at first use, since prompts of ids need none."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads nothing yet."""
+        self._folder = folder
+        self.exists = folder.is_dir()
+        self._tokenizer: Tokenizer | None = None
+
+    def get(self) -> Tokenizer:
+        """The tokenizer.
+
+        Raises:
+            RequestError: the artifact has none.
+        """
+        if not self.exists:
+            raise RequestError("the artifact has no tokenizer; give prompts as token ids, with detokenize=False")
+        if self._tokenizer is None:
+            self._tokenizer = Tokenizer(self._folder)
+        return self._tokenizer
+
+
 class Detokenizer:
     """Turns one sequence's output ids into text as they come, and finds its stop strings."""
 

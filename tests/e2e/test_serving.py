@@ -38,8 +38,8 @@ def test_it_answers_its_kind_of_question(llm: LLM, share_of_right_answers: Calla
 
 
 @pytest.mark.parametrize(("live", "size"), [(1, 1), (2, 4), (3, 4), (4, 4), (5, 8), (7, 8), (8, 8)])
-def test_live_rows_go_to_the_smallest_decoder_that_fits(llm: LLM, live: int, size: int) -> None:
-    llm.take_records()
+def test_live_rows_go_to_the_smallest_decoder_that_fits(demo_artifact: Path, live: int, size: int) -> None:
+    llm = LLM(demo_artifact, num_threads=2, selector_policy="nearest")
     llm.generate([[5, 6, 7]] * live, SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True), use_tqdm=False)
     decoders = [u for u in summarise(llm.take_records()) if u.program.startswith("decoder")]
     assert [u.program for u in decoders] == [f"decoder_batch_{size}"]

@@ -14,7 +14,7 @@ from multibatch import LLM, SamplingParams
 from multibatch.artifact import Artifact
 from multibatch.config import EngineConfig
 from multibatch.engine import Engine
-from multibatch.errors import ConfigError, StepError
+from multibatch.errors import ConfigError, RequestError, StepError
 from multibatch.request import RequestOutput
 from multibatch.sampling_params import RequestOutputKind
 from multibatch.structured_outputs import StructuredOutputsParams
@@ -193,6 +193,18 @@ def test_an_id_may_be_used_again_while_the_step_of_its_old_request_runs(engine: 
     done = engine.run_all()
     assert done["a"].outputs[0].token_ids == expected(engine, [8], 40)
     assert done["b"].outputs[0].token_ids == expected(engine, [9], 40)
+    assert_idle(engine)
+
+
+def test_nobody_takes_the_name_of_a_completion_that_has_ended(engine: Engine) -> None:
+    engine.add_request("a", [5], SamplingParams(temperature=0.5, n=2, max_tokens=8, ignore_eos=True, detokenize=False))
+    engine.step()
+    engine.scheduler.abort("a#0")
+    for name in ("a#0", "a"):
+        with pytest.raises(RequestError, match=f"'{name}' is being served already"):
+            engine.add_request(name, [6], LONG)
+    first, second = engine.run_all()["a"].outputs
+    assert (first.finish_reason, len(second.token_ids)) == ("abort", 8)
     assert_idle(engine)
 
 
