@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import cProfile
+import dataclasses
 import pstats
 import statistics
 import time
@@ -55,12 +56,14 @@ class TimedCall:
 
     def __init__(self, call: StartedCall, seconds: list[float]) -> None:
         self._call, self._seconds = call, seconds
+        self.follow, self.withdraw = call.follow, call.withdraw
 
     def finish(self) -> CallResult:
         """See `StartedCall.finish`."""
         result = self._call.finish()
         self._seconds.append(result.seconds)
-        return result
+        followed = None if result.followed is None else TimedCall(result.followed, self._seconds)
+        return dataclasses.replace(result, followed=followed)
 
 
 def steps(engine: Engine, programs: Timed, rows: int, tokens: int) -> list[tuple[float, float]]:

@@ -53,10 +53,14 @@ class DecodeRow:
     block_ids: Sequence[int]
 
 
-def decode_row(sequence: request.Sequence) -> DecodeRow:
-    """The newest token that a step computes of a sequence."""
-    position = sequence.num_computed_tokens - 1
-    return DecodeRow(sequence.token_ids[position], position, sequence.block_ids)
+def decode_row(sequence: request.Sequence, ahead: int = 0) -> DecodeRow:
+    """The newest token that a planned step computes of a sequence, or one so many tokens on; 0 stands for an id not known yet."""
+    position = sequence.num_computed_tokens - 1 + ahead
+    return DecodeRow(_token(sequence, position), position, sequence.block_ids)
+
+
+def _token(sequence: request.Sequence, position: int) -> int:
+    return sequence.token_ids[position] if position < sequence.num_tokens else 0
 
 
 _PADDED_ROW = DecodeRow(0, 0, (SCRATCH_BLOCK,))
@@ -72,8 +76,9 @@ class InputBuffers:
         """Keeps the tensors of up to `max_shapes` shapes."""
         self._max_shapes = max_shapes
         self._kept: dict[tuple[int, int, int], tuple[array[int], array[int], ProgramInputs]] = {}
-        # The rows of the latest decode call.
+        # The rows of the latest decode call, and how often each had lost its blocks by then.
         self._rows: tuple[request.Sequence, ...] = ()
+        self._preemptions: list[int] = []
         self._latest: tuple[array[int], array[int], ProgramInputs] | None = None
 
     def _written(self, flat: _Flattened, keep: list[int]) -> ProgramInputs:
@@ -90,36 +95,38 @@ class InputBuffers:
         return inputs
 
     def decode_inputs(
-        self, sequences: tuple[request.Sequence, ...], batch_size: int, max_blocks: int, block_size: int
+        self, sequences: tuple[request.Sequence, ...], batch_size: int, max_blocks: int, block_size: int, ahead: int = 0
     ) -> ProgramInputs:
-        """As the function, of each sequence's `decode_row`. Where they are those of the latest call, one token on, only that is written."""
-        inputs = self._advanced(sequences, batch_size, block_size)
+        """As the function, of each sequence's `decode_row`. Where they are those of the latest call, tokens on, only these are written."""
+        preemptions = [sequence.num_preemptions for sequence in sequences]
+        inputs = None
+        if sequences == self._rows and preemptions == self._preemptions:
+            inputs = self._advanced(sequences, batch_size, block_size, ahead)
         if inputs is None:
-            inputs = self._written(
-                *_flattened_rows(list(map(decode_row, sequences)), batch_size, max_blocks, block_size)
-            )
-            self._rows = sequences
+            rows = [decode_row(sequence, ahead) for sequence in sequences]
+            inputs = self._written(*_flattened_rows(rows, batch_size, max_blocks, block_size))
+            self._rows, self._preemptions = sequences, preemptions
         return inputs
 
     def _advanced(
-        self, sequences: tuple[request.Sequence, ...], batch_size: int, block_size: int
+        self, sequences: tuple[request.Sequence, ...], batch_size: int, block_size: int, ahead: int
     ) -> ProgramInputs | None:
-        """None where other rows are asked for, or one has begun a block, or lost its place and come back, which takes a prompt's step."""
-        if self._latest is None or sequences != self._rows:
+        """None where the call had another shape, or a row is in another block now."""
+        if self._latest is None:
             return None
         longs, ints, inputs = self._latest
         if inputs.token_ids.shape[1] != batch_size:
             return None
-        positions = [sequence.num_computed_tokens - 1 for sequence in sequences]
+        positions = [sequence.num_computed_tokens - 1 + ahead for sequence in sequences]
         before = longs[batch_size : batch_size + len(positions)]
-        if any(now != then + 1 or not now % block_size for now, then in zip(positions, before, strict=True)):
+        if any(now // block_size != then // block_size for now, then in zip(positions, before, strict=True)):
             return None
         first_length = len(ints) - batch_size
-        for row, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
-            longs[row] = sequence.token_ids[position]
-            longs[batch_size + row] += 1
-            longs[2 * batch_size + row] += 1
-            ints[first_length + row] += 1
+        for row, (sequence, now, then) in enumerate(zip(sequences, positions, before, strict=True)):
+            longs[row] = _token(sequence, now)
+            longs[batch_size + row] = now
+            longs[2 * batch_size + row] += now - then
+            ints[first_length + row] += now - then
         return inputs
 
 

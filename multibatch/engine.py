@@ -24,7 +24,7 @@ from multibatch.kv.prefix import PrefixCache, PrefixCacheStats
 from multibatch.ladder import DecoderLadder
 from multibatch.launch import Launch
 from multibatch.policies.build import build_policies
-from multibatch.request import RequestOutput
+from multibatch.request import RequestOutput, Sequence
 from multibatch.request_book import RequestBook
 from multibatch.runner import Runner
 from multibatch.sampler import SampledRows
@@ -172,12 +172,14 @@ class Engine:
             arrived=arrived,
         )
         self._book.add(group)
+        self.hold_next_step()
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request and frees its blocks at once; its last output, or None where it is not being served."""
         group = self._book.get(request_id)
         if group is None:
             return None
+        self.hold_next_step()
         output = self._book.abort(group)
         self._ground()
         return output
@@ -189,8 +191,9 @@ class Engine:
         With `async_scheduling` the step after it runs already when this returns; what is added now is in the one after that.
 
         Args:
-            arrivals: called before a step is planned, to add requests that came while another ran. It must not raise: the outputs
-                of the step before are not made yet.
+            arrivals: called once, before the next step is planned, to add requests that came while another ran. A step of the same
+                rows may have followed by itself; who would be in it calls `hold_next_step` when a request comes. It must not raise:
+                the outputs of the step before are not made yet.
         """
         launch = self._ahead
         if launch is None:
@@ -199,28 +202,33 @@ class Engine:
             launch = self._launch(starts=False)
         outputs = self._land(launch, arrivals)
         self._ground()
-        if self._ahead is not None:
-            self._ahead.rows = self._sampler.plain_rows(self._ahead.step)
+        self._offer_next()
         return outputs
 
-    def wait_ahead(self) -> None:
-        """Waits for the step that runs while nobody waits for it; the next `step` tells what came of it."""
+    def hold_next_step(self) -> None:
+        """Has the next step planned when the one that runs has ended, if it has not begun by itself by then; from any thread."""
         launch = self._ahead
-        if launch is None or launch.started is None or launch.found is not None or launch.error is not None:
-            return
-        try:
-            launch.found = self.runner.finish(launch.started)
-        except RuntimeError as error:
-            launch.error = error
-        launch.waited = time.monotonic()
+        if launch is not None and launch.started is not None:
+            launch.started.running.withdraw()
+
+    def wait_ahead(self) -> None:
+        """Waits for what runs while nobody waits for it; the next `step` tells what came of it."""
+        self.hold_next_step()
+        started = None if self._ahead is None else self._ahead.started
+        while started is not None:
+            with contextlib.suppress(RuntimeError):  # kept for the step
+                self.runner.finish(started)
+            started = None if started.result is None else started.result.followed
         self._wake_threads()
 
     def _ground(self) -> None:
         """Waits for the step that runs, where nobody wants it any more."""
         if not self.has_unfinished:
             self.wait_ahead()
-            if self._ahead is not None and self._ahead.found is not None and self._ahead.started is not None:
-                self.runner.record(self._ahead.started)
+            started = None if self._ahead is None else self._ahead.started
+            while started is not None and started.result is not None:
+                self.runner.record(started)
+                started = started.result.followed
             self._ahead = None
             self._programs.settle()  # of a step whose launch was interrupted
             self._wake_threads()
@@ -256,16 +264,29 @@ class Engine:
                 self._resting_threads.enter_context(self._programs.own_threads())
             self._ahead = self._launch(starts=True)
 
+    def _offer_next(self) -> None:
+        """Lets the step that runs be followed by one of the same rows, where it will be: then nobody need plan it in between."""
+        launch = self._ahead
+        if launch is None or launch.started is None or launch.started.is_finished:
+            return
+        launch.rows = self._sampler.plain_rows(launch.step)
+        if launch.rows is not None and self._may_follow(launch.step) and self.scheduler.reserve_again(launch.step):
+            rows = launch.step.decode
+            stops = {token for sequence in rows for token in sequence.request.ending_token_ids}
+            self.runner.follow(launch.started, rows, list(stops))
+
+    def _may_follow(self, step: ScheduledStep) -> bool:
+        """Whether the rows of a step may be decoded again before anybody has seen its tokens."""
+        return True
+
     def _land(self, launch: Launch, arrivals: Callable[[], None] | None) -> list[RequestOutput]:
-        """Ends a step, begins the next one and tells what came of the first."""
-        step = launch.step
+        """Ends a step, sees to the next one and tells what came of the first."""
+        step, landing = launch.step, time.monotonic()
         predicted = self._step_times.predict(step)
         wanted = [sequence for sequence in step.sampled if not sequence.is_finished]
         try:
             if launch.error is not None:
                 raise launch.error
-            if launch.waited is not None:
-                launch.begin += time.monotonic() - launch.waited
             sampled = self.compute(step, launch)
         except (RuntimeError, StepError) as error:
             self._ahead = None
@@ -277,14 +298,26 @@ class Engine:
         live = [sequence for sequence in step.sampled if not sequence.is_finished]
         self.scheduler.update(step, sampled.token_ids)
         now = time.monotonic()
-        ms = (now - launch.begin - launch.idle_seconds) * 1000
+        # What passed between its end and this is none of the step's time.
+        ended = now if launch.started is None else launch.started.ended
+        ms = (ended - launch.begin + now - max(ended, landing)) * 1000
         self.scheduler.step_done(step, ms)
-        self._launch_ahead(arrivals)
+        if launch.followed is not None:
+            self._ahead = Launch(self.scheduler.schedule_again(step), ended, launch.followed)
+            if arrivals is not None:
+                arrivals()
+        else:
+            self._launch_ahead(arrivals)
         if launch.started is not None:
             self.runner.record(launch.started)
         self.stats.iteration_tokens.observe(step.num_prefill_tokens + len(step.decode))
         if predicted is not None:
             self._compare(step, predicted, ms)
+        self._accept(step, live, sampled, now)
+        return self._book.outputs_of(wanted)
+
+    def _accept(self, step: ScheduledStep, live: list[Sequence], sampled: SampledRows, now: float) -> None:
+        """Takes in the tokens of the sequences that wait for one."""
         waits: dict[float, int] = {}
         for sequence, token, logprobs in zip(step.sampled, sampled.token_ids, sampled.logprobs, strict=True):
             if sequence in live:
@@ -293,7 +326,6 @@ class Engine:
                     waits[wait] = waits.get(wait, 0) + 1
         for wait, num_tokens in waits.items():
             self.stats.next_tokens(wait, num_tokens)
-        return self._book.outputs_of(wanted)
 
     def _compare(self, step: ScheduledStep, predicted_ms: float, ms: float) -> None:
         """Notes what a step took, beside what it was expected to take."""
@@ -363,9 +395,10 @@ class Engine:
         """
         logits: torch.Tensor | None = None
         if launch is not None and launch.started is not None:
-            logits, highest = launch.found or self.runner.finish(launch.started)
-            if launch.rows is not None and highest is not None:
-                sampled = self._sampler.take(step, launch.rows, highest)
+            result = self.runner.finish(launch.started)
+            logits = result.logits
+            if launch.rows is not None and result.highest is not None:
+                sampled = self._sampler.take(step, launch.rows, result.highest)
                 if sampled is not None:
                     return sampled
         with self._programs.own_threads():

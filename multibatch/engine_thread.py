@@ -114,6 +114,7 @@ class EngineThread:
             self._unfinished[name] = submission
             self._num_unfinished += n
             self._post(partial(self._take_in, submission), is_arrival=True)
+        self._engine.hold_next_step()
 
     def drop(self, submission: Submission) -> None:
         """Ends a request whose consumer is gone, if it has not ended."""

@@ -63,6 +63,12 @@ class Request:
     cache_salt: str | None = None
     """Shares cached prefixes only with requests of the same salt: nobody else can tell from the time what was asked."""
 
+    @property
+    def ending_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end it, once it has min_tokens."""
+        eos = () if self.params.ignore_eos else self.eos_token_ids
+        return (*eos, *self.params.stop_token_ids)
+
     def __post_init__(self) -> None:
         if not self.request_id:
             raise RequestError("request_id is empty; allowed: any other string. Give each request one.")

@@ -17,8 +17,9 @@ from multibatch.kv.block_table import blocks_for
 from multibatch.kv.pool import KVPool
 from multibatch.manifest import STEP, Manifest, decoder_name, prefill_name
 from multibatch.metrics import CallRecord, ProgramUse
+from multibatch.request import Sequence
 from multibatch.scheduled_step import ScheduledStep
-from multibatch.selector import Selector, select_chunk
+from multibatch.selector import Selector, Slot, select_chunk
 
 MAX_RECORDS: Final = 65536
 """Calls that are kept one by one, some 10 MB; an engine may serve for months."""
@@ -42,7 +43,8 @@ class Runner:
         self._selector = selector
         self._clock = clock
         self._block_size = manifest.kv.block_size
-        self._buffers = InputBuffers()
+        # One for the call that runs, one for the call that follows it.
+        self._buffers = [InputBuffers(), InputBuffers()]
         self._max_blocks = blocks_for(manifest.max_seq_len, self._block_size)
         self.records: deque[CallRecord] = deque(maxlen=MAX_RECORDS)
         # Every call since the start, whatever became of its record.
@@ -57,21 +59,58 @@ class Runner:
         calls = self._calls(step)
         if not calls:
             return None
-        first, begun = calls[0], self._clock()
-        return StartedStep(first, self._programs.start(first.program, first.inputs, self._pool), calls[1:], begun)
+        first = calls[0]
+        return StartedStep(first, self._programs.start(first.program, first.inputs, self._pool), calls[1:])
 
-    def finish(self, started: StartedStep) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What `run` gives, of a step that was started; and, where they are known, the `LogitPasses.highest` of it.
+    def follow(self, started: StartedStep, rows: tuple[Sequence, ...], stop_token_ids: AnySequence[int]) -> bool:
+        """Has these decode rows of a started step decoded again as soon as it ends (see `StartedCall.follow`).
 
-        Its first call is recorded by `record`.
+        Args:
+            started: a step that was not waited for yet.
+            rows: all that it decodes; each holds the block of its next token.
+            stop_token_ids: nothing follows where one of them is drawn.
+
+        Returns:
+            Whether it may begin.
         """
-        result = started.running.finish()
+        slots = self._selector.select(len(rows))
+        if started.others or len(slots) != 1:
+            return False
+        call = self._decode_call(rows, slots[0], ahead=1)
+        if call.program != started.first.program or not started.running.follow(call.inputs, len(rows), stop_token_ids):
+            return False
+        started.offered = call
+        return True
+
+    def finish(self, started: StartedStep) -> StepResult:
+        """What `run` gives, of a step that was started, and what else came of it. Its first call is recorded by `record`.
+
+        Once waited for it gives the same again. Raises what the programs do.
+        """
+        if not started.is_finished:
+            try:
+                started.result = self._finish(started)
+            except RuntimeError as error:
+                started.error = error
+                started.ended = time.monotonic()
+        if started.result is None:
+            assert started.error is not None
+            raise started.error
+        return started.result
+
+    def _finish(self, started: StartedStep) -> StepResult:
+        result, first = started.running.finish(), started.first
+        started.ended = time.monotonic() - result.late_seconds
         started.seconds = result.seconds
-        started.idle_seconds = max(0.0, self._clock() - started.begun - result.seconds)
-        first = started.first
         if started.others:
-            return self._joined([first.strip(result.logits), *map(self._run, started.others)]), None
-        return first.strip(result.logits), first.strip(result.highest)
+            parts = [first.strip(result.logits), *map(self._run, started.others)]
+            started.ended = time.monotonic()
+            return StepResult(self._joined(parts), None, None)
+        followed = None
+        if result.followed is not None:
+            assert started.offered is not None
+            followed = StartedStep(started.offered, result.followed, [])
+        return StepResult(first.strip(result.logits), first.strip(result.highest), followed)
 
     def record(self, started: StartedStep) -> None:
         """Counts the first call of a step that is finished."""
@@ -99,17 +138,25 @@ class Runner:
         return _Call(prefill_name(size), prefill_name(size), inputs, step.num_prefill_tokens, size, last)
 
     def _decode(self, step: ScheduledStep) -> list[_Call]:
-        calls: list[_Call] = []
         slots = self._selector.select(len(step.decode))
-        for slot in slots:
-            live, size = step.decode[slot.start : slot.stop], slot.batch_size
-            if len(slots) == 1:
-                inputs = self._buffers.decode_inputs(live, size, self._max_blocks, self._block_size)
-            else:  # calls of one size would share their tensors
-                inputs = decode_inputs(list(map(decode_row, live)), size, self._max_blocks, self._block_size)
-            program = self._manifest.decoder_for(size)
-            calls.append(_Call(program.name, decoder_name(size), inputs, slot.num_live, size, range(slot.num_live)))
+        if len(slots) == 1:
+            return [self._decode_call(step.decode, slots[0])]
+        calls: list[_Call] = []
+        for slot in slots:  # calls of one size would share their tensors
+            rows = list(map(decode_row, step.decode[slot.start : slot.stop]))
+            calls.append(self._call_of(slot, decode_inputs(rows, slot.batch_size, self._max_blocks, self._block_size)))
         return calls
+
+    def _decode_call(self, rows: tuple[Sequence, ...], slot: Slot, ahead: int = 0) -> _Call:
+        """Of all decode rows of a step, in tensors that no call has which is under way."""
+        self._buffers.reverse()
+        inputs = self._buffers[0].decode_inputs(rows, slot.batch_size, self._max_blocks, self._block_size, ahead)
+        return self._call_of(slot, inputs)
+
+    def _call_of(self, slot: Slot, inputs: ProgramInputs) -> _Call:
+        size = slot.batch_size
+        program = self._manifest.decoder_for(size).name
+        return _Call(program, decoder_name(size), inputs, slot.num_live, size, range(slot.num_live))
 
     def _run(self, call: _Call) -> torch.Tensor:
         start = self._clock()
@@ -153,6 +200,18 @@ class _Call:
         return found[:num_wanted] if isinstance(self.wanted, range) else found[self.wanted]
 
 
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What came of a step that was started."""
+
+    logits: torch.Tensor
+    """See `Runner.run`."""
+    highest: torch.Tensor | None
+    """`LogitPasses.highest` of them, where it is known."""
+    followed: StartedStep | None
+    """The step that follows it, if one has begun."""
+
+
 @dataclass(slots=True)
 class StartedStep:
     """A step whose first call runs."""
@@ -160,8 +219,17 @@ class StartedStep:
     first: _Call
     running: StartedCall
     others: list[_Call]
-    begun: float
+    offered: _Call | None = None
+    """What may follow it."""
+    result: StepResult | None = None
+    error: RuntimeError | None = None
+    """One of the two, once it was waited for."""
     seconds: float = 0.0
-    """Once it is finished: how long its first call took."""
-    idle_seconds: float = 0.0
-    """Once it is finished: since `begun`, without its first call."""
+    """Then: how long its first call took."""
+    ended: float = 0.0
+    """Then: when it ended, of `time.monotonic`, whenever that was noticed."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether it was waited for."""
+        return self.result is not None or self.error is not None

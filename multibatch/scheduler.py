@@ -153,6 +153,37 @@ class Scheduler:
         prefill = self._plan_prefill(decode, preempted, max_running)
         return ScheduledStep(tuple(prefill), tuple(decode), tuple(preempted))
 
+    def reserve_again(self, step: ScheduledStep) -> bool:
+        """Takes the blocks that the rows of a planned step need to be decoded once more, whatever its tokens are.
+
+        Returns:
+            False where the step after it may be another one, as far as is known now: some row ends by count, something is or may
+            be to be prefilled or paused, or the blocks are not free.
+        """
+        rows = step.decode
+        if step.prefill or not rows or rows != tuple(self.running) or not all(map(self._is_decoding, rows)):
+            return False
+        if self.waiting and (self._config.queue_policy != "fcfs" or len(rows) < self._config.max_num_seqs):
+            return False
+        size = self._config.block_size
+        missing = [blocks_for(row.num_computed_tokens + 1, size) - len(row.block_ids) for row in rows]
+        if sum(missing) > self._allocator.num_free:
+            return False
+        for row, count in zip(rows, missing, strict=True):
+            if count:
+                row.block_ids.extend(self._allocator.allocate(count))
+        return True
+
+    def schedule_again(self, step: ScheduledStep) -> ScheduledStep:
+        """The step that follows a reserved one, of the same rows; those that have ended meanwhile are in it and get nothing."""
+        self._num_steps += 1
+        if self._prefix_cache is not None:
+            self._prefix_cache.begin_step()
+        for row in step.decode:
+            if not row.is_finished:
+                row.num_computed_tokens += 1
+        return ScheduledStep(decode=step.decode)
+
     def update(self, step: ScheduledStep, sampled: abc.Sequence[int]) -> list[Sequence]:
         """Appends the ids that a step gave, in the order of `step.sampled`.
 

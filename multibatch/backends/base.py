@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -22,10 +23,30 @@ class CallResult:
     highest: torch.Tensor
     """int64[R]: as `LogitPasses.highest` of the logits."""
     seconds: float
+    """How long it took."""
+    late_seconds: float = 0.0
+    """Between its end and this."""
+    followed: StartedCall | None = None
+    """The call that `StartedCall.follow` asked for, if it has begun."""
 
 
 class StartedCall(Protocol):
     """A call that was begun."""
+
+    def follow(self, inputs: ProgramInputs, num_rows: int, stop_token_ids: Sequence[int]) -> bool:
+        """Has the same program called again as soon as this call ends, whoever waits for it then or does not.
+
+        Each of the first `num_rows` tokens of `inputs` becomes the maximum of that row's logits. It does not begin where one of
+        them is in `stop_token_ids`, or a row has no maximum, or this call fails.
+
+        Returns:
+            Whether it may begin; False where the program would have to be called for it.
+        """
+        ...
+
+    def withdraw(self) -> None:
+        """Takes back what `follow` asked for, unless it has begun. From any thread."""
+        ...
 
     def finish(self) -> CallResult:
         """Waits for it. Raises what the program does."""
@@ -54,11 +75,11 @@ class LoadedPrograms(Protocol):
         ...
 
     def start(self, program: str, inputs: ProgramInputs, pool: KVPool) -> StartedCall:
-        """Begins what `run` does; at most one call at a time, and its inputs stay as they are until it is finished."""
+        """Begins what `run` does; at most one call at a time and one that follows it. Their inputs stay as they are until finished."""
         ...
 
     def settle(self) -> None:
-        """Waits for a call that was begun and that nobody will finish."""
+        """Waits for calls that were begun and that nobody will finish."""
         ...
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -145,7 +145,15 @@ class InductorPrograms:
 class _Started:
     program: StartableProgram
 
+    def follow(self, inputs: ProgramInputs, num_rows: int, stop_token_ids: Sequence[int]) -> bool:
+        """See `base.StartedCall.follow`."""
+        return self.program.follow(inputs.tensors(), num_rows, list(stop_token_ids))
+
+    def withdraw(self) -> None:
+        """See `base.StartedCall.withdraw`."""
+        self.program.withdraw()
+
     def finish(self) -> CallResult:
         """See `base.StartedCall.finish`."""
-        outputs, highest, seconds = self.program.finish()
-        return CallResult(outputs[0], highest, seconds)
+        outputs, highest, seconds, late_seconds, is_followed = self.program.finish()
+        return CallResult(outputs[0], highest, seconds, late_seconds, self if is_followed else None)

@@ -36,18 +36,33 @@ class StartableProgram(Program, Protocol):
         """Begins a run; at most one at a time."""
         ...
 
-    def finish(self) -> tuple[list[torch.Tensor], torch.Tensor, float]:
-        """Ends the run, the calling thread helping: its outputs, `first_maxima` of the first of them, and the seconds it took."""
+    def follow(self, inputs: list[torch.Tensor], num_tokens: int, stops: list[int]) -> bool:
+        """Has another run begin as soon as the one that was started ends, with its first maxima as the first of its inputs.
+
+        Unless one of them is in `stops`, or a row has none, or the run fails. False where no thread would do it.
+        """
+        ...
+
+    def withdraw(self) -> None:
+        """Takes back what `follow` asked for, unless it has begun. From any thread."""
+        ...
+
+    def finish(self) -> tuple[list[torch.Tensor], torch.Tensor, float, float, bool]:
+        """Ends the run, the calling thread helping.
+
+        Its outputs, `first_maxima` of the first of them, how many seconds it took and how many have passed since, and whether the
+        run that was to follow has begun.
+        """
         ...
 
     def settle(self) -> None:
-        """Ends a run that nobody will finish; nothing where there is none."""
+        """Ends runs that nobody will finish; nothing where there are none."""
         ...
 
 
 def can_start(program: Program) -> TypeGuard[StartableProgram]:
     """Whether the operator library that runs it can do so while Python goes on."""
-    return hasattr(program, "start")
+    return hasattr(program, "follow")
 
 
 def load_program(path: Path) -> Program:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 from multibatch.artifact import Artifact
 from multibatch.backends.base import LoadedPrograms
@@ -39,6 +40,8 @@ class ScriptedEngine(Engine):
         super().__init__(artifact, config, programs)
         self.output_lengths: dict[str, int] = {}
         """By request id: tokens after which it ends."""
+        self.seconds_to_next: Callable[[], float] = lambda: math.inf
+        """Until the load sends its next request."""
         self._ms = {prompts: [0.0, 0.0] for prompts in (False, True)}
 
     @property
@@ -53,6 +56,12 @@ class ScriptedEngine(Engine):
         sums[0] += predicted_ms
         sums[1] += ms
 
+    def _may_follow(self, step: ScheduledStep) -> bool:
+        """Not where the load ends a row with this step or sends a request soon: a server would know of both before the next begins."""
+        lengths = self.output_lengths
+        ends = any(row.num_output_tokens + 1 >= lengths[row.request_id] for row in step.decode)
+        return not ends and self.seconds_to_next() > SOON_S
+
     def compute(self, step: ScheduledStep, launch: Launch | None = None) -> SampledRows:
         """See `Engine.compute`."""
         sampled = super().compute(step, launch)
@@ -62,6 +71,9 @@ class ScriptedEngine(Engine):
         ]
         return dataclasses.replace(sampled, token_ids=ids)
 
+
+SOON_S: Final = 0.1
+"""Longer than a step with decode rows alone takes."""
 
 STOP = 0
 """Ends a scripted request; where the model draws it earlier, the id is changed to the next."""
@@ -105,6 +117,12 @@ def run_load(
             params = _params(request, temperature, seed + number)
             engine.add_request(str(number), prompts[number], params, priority=request.priority)
 
+    def seconds_to_next() -> float:
+        if not arriving or engine.num_unfinished >= (max_concurrency or len(trace)):
+            return math.inf
+        return arriving[0][1].timestamp - (clock() - start)
+
+    engine.seconds_to_next = seconds_to_next
     while arriving or engine.has_unfinished:
         now = clock() - start
         if not engine.has_unfinished and arriving[0][1].timestamp > now:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class PretendedPrograms:
         return torch.zeros(len(keep), self.vocabulary).scatter_(1, chosen[:, None], 1.0)
 
     def start(self, program: str, inputs: ProgramInputs, pool: KVPool) -> PretendedCall:
-        return PretendedCall(partial(self.run, program, inputs, pool))
+        return PretendedCall(partial(self.run, program, pool=pool), inputs)
 
     def settle(self) -> None:
         """Nothing runs by itself."""
@@ -50,12 +50,29 @@ class PretendedPrograms:
 class PretendedCall:
     """Runs when it is waited for, so that all which comes between comes before."""
 
-    def __init__(self, run: Callable[[], torch.Tensor]) -> None:
-        self._run = run
+    def __init__(self, run: Callable[..., torch.Tensor], inputs: ProgramInputs) -> None:
+        self._run, self._inputs = run, inputs
+        self._offered: tuple[ProgramInputs, int, Sequence[int]] | None = None
+
+    def follow(self, inputs: ProgramInputs, num_rows: int, stop_token_ids: Sequence[int]) -> bool:
+        assert inputs.token_ids.data_ptr() != self._inputs.token_ids.data_ptr()
+        self._offered = inputs, num_rows, stop_token_ids
+        return True
+
+    def withdraw(self) -> None:
+        self._offered = None
 
     def finish(self) -> CallResult:
-        logits = self._run()
-        return CallResult(logits, LogitPasses().highest(logits), 0.0)
+        logits = self._run(inputs=self._inputs)
+        highest = LogitPasses().highest(logits)
+        followed = None
+        if self._offered is not None:
+            inputs, num_rows, stops = self._offered
+            tokens = highest[:num_rows]
+            if min(tokens.tolist()) >= 0 and not set(tokens.tolist()) & set(stops):
+                inputs.token_ids[0, :num_rows] = tokens
+                followed = PretendedCall(self._run, inputs)
+        return CallResult(logits, highest, 0.0, followed=followed)
 
 
 def pretended_engine(artifact: Path, **options: Any) -> tuple[Engine, PretendedPrograms]:

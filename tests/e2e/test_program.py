@@ -154,6 +154,129 @@ def test_two_calls_at_once_are_refused_and_one_that_is_forgotten_ends(demo_artif
     assert torch.equal(again.run(name, inputs, pool), expected)
 
 
+def behind(inputs: ProgramInputs) -> ProgramInputs:
+    """The row of `call_of` one token on."""
+    return dataclasses.replace(
+        inputs,
+        token_ids=torch.zeros_like(inputs.token_ids),
+        positions=inputs.positions + 1,
+        slot_mapping=inputs.slot_mapping + 1,
+        seq_lens=inputs.seq_lens + 1,
+    )
+
+
+@pytest.mark.parametrize("num_threads", [2, 3])
+def test_a_call_that_follows_gets_its_token_from_the_one_before(demo_artifact: Path, num_threads: int) -> None:
+    loaded, name, (inputs, pool) = started(demo_artifact, num_threads)
+    expected, step = [loaded.run(name, inputs, pool)], inputs
+    for _ in range(3):
+        step = behind(step)
+        step.token_ids[0, 0] = expected[-1].argmax()
+        expected.append(loaded.run(name, step, pool))
+    call, given = loaded.start(name, inputs, pool), inputs
+    for number, logits in enumerate(expected):
+        given = behind(given)
+        is_offered = number < 3 and call.follow(given, 1, [])
+        result = call.finish()
+        assert torch.equal(result.logits, logits)
+        assert result.late_seconds >= 0
+        if result.followed is None:  # it had ended before it was told
+            assert number == 3 or is_offered
+            given.token_ids[0, 0] = result.highest[0]
+            call = loaded.start(name, given, pool) if number < 3 else call
+        else:
+            assert given.token_ids.item() == logits.argmax()
+            call = result.followed
+    assert torch.equal(loaded.run(name, inputs, pool), expected[0])
+
+
+def test_calls_do_follow(demo_artifact: Path) -> None:
+    loaded, name, (inputs, pool) = started(demo_artifact, 2)
+    until = time.monotonic() + 60
+    num_followed = 0
+    while num_followed < 20 and time.monotonic() < until:
+        call = loaded.start(name, inputs, pool)
+        call.follow(behind(inputs), 1, [])
+        followed = call.finish().followed
+        if followed is not None:
+            followed.finish()
+            num_followed += 1
+    assert num_followed == 20
+
+
+def test_nothing_follows_a_token_that_ends_a_row_or_a_call_that_failed_or_what_was_withdrawn(
+    demo_artifact: Path,
+) -> None:
+    loaded, name, (inputs, pool) = started(demo_artifact, 2)
+    expected = loaded.run(name, inputs, pool)
+    token = int(expected.argmax())
+    for _ in range(20):
+        call = loaded.start(name, inputs, pool)
+        assert call.follow(behind(inputs), 1, [token + 1, token, token - 1])
+        assert call.finish().followed is None
+    is_followed, until = True, time.monotonic() + 60
+    while is_followed and time.monotonic() < until:  # where it came in time
+        call = loaded.start(name, inputs, pool)
+        assert call.follow(behind(inputs), 1, [])
+        call.withdraw()
+        is_followed = call.finish().followed is not None
+        loaded.settle()
+    assert not is_followed
+    call = loaded.start(name, inputs, pool)
+    assert call.follow(behind(inputs), 1, [token])
+    call.withdraw()
+    assert not call.follow(behind(inputs), 1, [])  # what was withdrawn may still be read
+    assert call.finish().followed is None
+    wrong = dataclasses.replace(inputs, block_tables=inputs.block_tables + 10**6)
+    for _ in range(20):
+        call = loaded.start(name, wrong, pool)
+        assert call.follow(behind(inputs), 1, [])
+        with pytest.raises(RuntimeError, match="block"):
+            call.finish()
+    assert torch.equal(loaded.run(name, inputs, pool), expected)
+
+
+def test_what_follows_is_refused_where_it_cannot(demo_artifact: Path) -> None:
+    loaded, name, (inputs, pool) = started(demo_artifact, 2)
+    call = loaded.start(name, inputs, pool)
+    for num_rows in (0, 2):
+        with pytest.raises(RuntimeError, match=f"{num_rows} tokens for the first input of 1; allowed: int64, 1 to"):
+            call.follow(behind(inputs), num_rows, [])
+    token = int(loaded.passes.highest(call.finish().logits)[0])
+    with pytest.raises(RuntimeError, match="not started"):
+        call.follow(behind(inputs), 1, [])
+    call = loaded.start(name, inputs, pool)
+    assert call.follow(behind(inputs), 1, [token])
+    with pytest.raises(RuntimeError, match="follows already"):
+        call.follow(behind(inputs), 1, [token])
+    call.finish()
+    alone, name, _ = started(demo_artifact, 1)  # nobody but the caller
+    call = alone.start(name, inputs, pool)
+    assert not call.follow(behind(inputs), 1, [])
+    assert call.finish().followed is None
+
+
+def test_calls_that_follow_and_are_forgotten_end(demo_artifact: Path) -> None:
+    loaded, name, (inputs, pool) = started(demo_artifact, 2)
+    expected = loaded.run(name, inputs, pool)
+    for _ in range(50):
+        loaded.start(name, inputs, pool).follow(behind(inputs), 1, [])
+        loaded.settle()
+        assert torch.equal(loaded.run(name, inputs, pool), expected)
+    for _ in range(50):
+        call = loaded.start(name, inputs, pool)
+        call.follow(behind(inputs), 1, [])
+        if call.finish().followed is not None:
+            with pytest.raises(RuntimeError, match="finish it first"):
+                loaded.run(name, inputs, pool)
+        loaded.settle()
+        assert torch.equal(loaded.run(name, inputs, pool), expected)
+    loaded.start(name, inputs, pool).follow(behind(inputs), 1, [])
+    del loaded, call
+    again, name, _ = started(demo_artifact, 2)
+    assert torch.equal(again.run(name, inputs, pool), expected)
+
+
 def test_torch_has_its_threads_again_however_those_who_rest_them_overlap() -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(3)

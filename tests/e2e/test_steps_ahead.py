@@ -17,6 +17,7 @@ from multibatch.engine import Engine
 from multibatch.errors import ConfigError, RequestError, StepError
 from multibatch.request import RequestOutput
 from multibatch.sampling_params import RequestOutputKind
+from multibatch.scheduled_step import ScheduledStep
 from multibatch.structured_outputs import StructuredOutputsParams
 from tests.e2e.pretended_programs import PretendedPrograms, continuation, pretended_engine
 
@@ -248,6 +249,7 @@ def test_what_came_while_a_step_ran_is_in_the_next_one(engine: Engine) -> None:
         if arriving:
             engine.add_request(arriving.pop(), [6, 7], LONG)
 
+    engine.hold_next_step()
     assert list(tokens_of(engine.step(arrivals))) == ["a"]
     assert tokens_of(engine.step(arrivals)) == {
         "b": expected(engine, [6, 7], 1),
@@ -255,6 +257,92 @@ def test_what_came_while_a_step_ran_is_in_the_next_one(engine: Engine) -> None:
     }
     engine.run_all()
     assert_idle(engine)
+
+
+def test_what_came_too_late_for_a_step_that_followed_is_in_the_one_behind(engine: Engine) -> None:
+    engine.add_request("a", [5], LONG)
+    engine.step()
+    calls = 0
+
+    def arrivals() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            engine.add_request("b", [6, 7], LONG)
+
+    assert [list(tokens_of(engine.step(arrivals))) for _ in range(3)] == [["a"], ["a"], ["b", "a"]]
+    assert calls == 3
+    done = engine.run_all()
+    assert done["b"].outputs[0].token_ids == expected(engine, [6, 7], 40)
+    assert done["a"].outputs[0].token_ids == expected(engine, [5], 40)
+    assert_idle(engine)
+
+
+def test_no_step_is_run_for_nothing_where_a_token_or_a_count_ends_the_row(
+    eager_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PretendedPrograms, "can_start", True)
+    engine, programs = pretended_engine(eager_artifact)
+    text = expected(engine, [5], 12)
+    stopping = SamplingParams(
+        temperature=0.0, max_tokens=40, ignore_eos=True, stop_token_ids=[text[-1]], detokenize=False
+    )
+    engine.add_request("a", [5], stopping)
+    assert engine.run_all()["a"].outputs[0].token_ids == text[: text.index(text[-1]) + 1]
+    assert programs.num_calls == text.index(text[-1]) + 1
+    engine.add_request("b", [5], LONG)
+    programs.num_calls = 0
+    engine.run_all()
+    assert programs.num_calls == 40
+    assert_idle(engine)
+
+
+def test_steps_follow_each_other_by_themselves(demo_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = LLM(demo_artifact, num_threads=2, enable_prefix_caching=False).engine
+    alone = LLM(demo_artifact, num_threads=2, async_scheduling=False).engine
+    num_followed, schedule_again = 0, engine.scheduler.schedule_again
+
+    def counted(step: ScheduledStep) -> ScheduledStep:
+        nonlocal num_followed
+        num_followed += 1
+        return schedule_again(step)
+
+    monkeypatch.setattr(engine.scheduler, "schedule_again", counted)
+    prompts = [[16 + 7 * i + j for j in range(3 * i + 1)] for i in range(6)]
+    for number, prompt in enumerate(prompts):
+        params = SamplingParams(temperature=0.0, max_tokens=60 + number, ignore_eos=True, detokenize=False)
+        engine.add_request(str(number), prompt, params)
+        alone.add_request(str(number), prompt, params)
+    assert tokens_of(list(engine.run_all().values())) == tokens_of(list(alone.run_all().values()))
+    assert num_followed > 0
+    assert_idle(engine)
+
+
+def test_whoever_ends_while_a_step_follows_leaves_the_others_whole(engine: Engine) -> None:
+    for name, prompt in (("a", [5, 6, 7]), ("b", [9])):
+        engine.add_request(name, prompt, LONG)
+    engine.step()
+    engine.step()
+    engine.abort("a")  # the step that runs was to be followed by one with both
+    engine.add_request("c", [11] * 20, LONG)  # may get the blocks of the first
+    done = engine.run_all()
+    assert done["b"].outputs[0].token_ids == expected(engine, [9], 40)
+    assert done["c"].outputs[0].token_ids == expected(engine, [11] * 20, 40)
+    assert_idle(engine)
+
+
+def test_a_step_that_followed_may_be_waited_for_too(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.add_request("a", [5], LONG)
+    monkeypatch.setattr(engine, "hold_next_step", lambda: None)  # as if it had come too late
+    engine.step()
+    engine.wait_ahead()
+    for num_tokens in (2, 3, 4):
+        assert tokens_of(engine.step()) == {"a": expected(engine, [5], num_tokens)}
+    engine.wait_ahead()
+    engine.abort("a")
+    assert_idle(engine)
+    used = {use.program: use.num_calls for use in engine.runner.program_uses.values()}
+    assert sum(used.values()) == 6
 
 
 def test_a_call_that_fails_on_its_way_fails_its_requests_by_name(
@@ -281,6 +369,7 @@ def test_a_call_that_fails_on_its_way_fails_its_requests_by_name(
     # One that cannot even begin fails its requests too, and what the step before gave is told.
     engine.add_request("d", [5], LONG)
     engine.step()
+    engine.hold_next_step()
     with monkeypatch.context() as patch:
         patch.setattr(programs, "start", refuse)
         assert tokens_of(engine.step()) == {"d": expected(engine, [5], 2)}

@@ -110,6 +110,34 @@ def grow(sequence: Sequence, token_id: int, block_size: int) -> None:
         sequence.block_ids.append(500 + token_id)
 
 
+def test_a_row_that_is_one_token_ahead_of_its_step_waits_for_its_id() -> None:
+    buffers, one = InputBuffers(), decoding([3, 6], 4)
+    now = [x.tolist() for x in buffers.decode_inputs(one, 2, 3, 4).tensors()]
+    assert now[:3] == [[[2, 6]], [[2, 5]], [2, 11 * 4 + 1]]
+    ahead = buffers.decode_inputs(one, 2, 3, 4, ahead=1)
+    assert [x.tolist() for x in ahead.tensors()][:3] == [[[0, 0]], [[3, 6]], [3, 11 * 4 + 2]]
+    assert ahead.seq_lens.tolist() == [4, 7]
+    ahead.token_ids[0, :] = torch.tensor([77, 78])  # as a program writes them
+    for row in one:
+        row.token_ids += [77]
+        row.num_computed_tokens += 2
+        row.token_ids += [78]
+    one[0].block_ids.append(3)
+    again = buffers.decode_inputs(one, 2, 3, 4)  # two on
+    fresh = decode_inputs([decode_row(row) for row in one], 2, 3, 4)
+    assert all(torch.equal(a, b) for a, b in zip(again.tensors(), fresh.tensors(), strict=True))
+
+
+def test_a_row_that_lost_its_blocks_is_written_anew() -> None:
+    buffers, (row,) = InputBuffers(), decoding([6], 4)
+    buffers.decode_inputs((row,), 1, 3, 4)
+    row.num_preemptions, row.block_ids, row.num_computed_tokens = 1, [8, 9], 7
+    row.token_ids += [70]
+    found = buffers.decode_inputs((row,), 1, 3, 4)
+    assert found.block_tables.tolist() == [[8, 9, 0]]
+    assert found.slot_mapping.tolist() == [9 * 4 + 2]
+
+
 @given(data=st.data())
 def test_rows_that_go_on_are_written_as_new_ones_are(data: st.DataObject) -> None:
     size, max_blocks = 4, 12

@@ -550,3 +550,69 @@ def test_a_preempted_sequence_finds_its_own_blocks_again() -> None:
     (b,) = (sequence for sequence in scheduler.running if sequence.request_id == "b")
     assert b.num_computed_tokens > 0
     assert b.num_cached_tokens == 0  # of its first admission
+
+
+def test_a_step_may_be_followed_where_the_next_is_known() -> None:
+    first, second = make_sequence("a", num_prompt=3), make_sequence("b", num_prompt=6)
+    scheduler = make_scheduler(first, second)
+    prompts = scheduler.schedule()
+    assert not scheduler.reserve_again(prompts)
+    scheduler.update(prompts, [7, 7])
+    step = scheduler.schedule()  # writes positions 3 and 6
+    assert [len(s.block_ids) for s in (first, second)] == [1, 2]
+    assert scheduler.reserve_again(step)
+    assert [len(s.block_ids) for s in (first, second)] == [2, 2]
+    assert scheduler.reserve_again(step)  # takes nothing twice
+    scheduler.check_integrity()
+    scheduler.update(step, [7, 8])
+    again = scheduler.schedule_again(step)
+    assert (again.prefill, names(again.decode)) == ((), ["a", "b"])
+    assert [s.num_computed_tokens for s in (first, second)] == [5, 8]
+    scheduler.update(again, [9, 10])
+    assert (first.output_token_ids, second.output_token_ids) == ([7, 7, 9], [7, 8, 10])
+
+
+def test_who_ends_before_the_step_that_follows_is_told_gets_nothing_of_it() -> None:
+    first, second = make_sequence("a"), make_sequence("b")
+    scheduler = make_scheduler(first, second)
+    run_step(scheduler)
+    step = scheduler.schedule()
+    assert scheduler.reserve_again(step)
+    scheduler.abort("a")
+    scheduler.update(step, [7, 8])
+    again = scheduler.schedule_again(step)
+    scheduler.update(again, [9, 10])
+    assert (first.output_token_ids, second.output_token_ids) == ([7], [7, 8, 10])
+    scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("why", ["a row ends", "a prompt waits", "a prompt is begun", "no block", "it could be paused"])
+def test_a_step_is_not_followed_where_the_next_may_be_another(why: str) -> None:
+    config = replace(CONFIG, queue_policy="priority") if why == "it could be paused" else CONFIG
+    num_tokens = 2 if why == "a row ends" else 8
+    rows = [make_sequence(name, num_prompt=3, params=SamplingParams(max_tokens=num_tokens)) for name in "abcd"]
+    scheduler = make_scheduler(*rows, config=config, num_blocks=9 if why == "no block" else 64)
+    run_step(scheduler)
+    if why in ("a prompt waits", "a prompt is begun"):
+        scheduler.abort("d")
+    if why == "a prompt is begun":
+        scheduler.add(make_sequence("long", num_prompt=20))
+    step = scheduler.schedule()
+    assert len(step.decode) >= 3
+    if why in ("a prompt waits", "it could be paused"):
+        scheduler.add(make_sequence("new"))
+    if why == "no block":
+        held = scheduler._allocator.allocate(2)
+        assert not scheduler.reserve_again(step)
+        scheduler._allocator.free(held)
+        assert scheduler.reserve_again(step)
+    else:
+        assert not scheduler.reserve_again(step)
+
+
+def test_a_step_is_followed_while_others_wait_for_a_place() -> None:
+    scheduler = make_scheduler(*[make_sequence(name) for name in "abcdef"])
+    run_step(scheduler)
+    step = scheduler.schedule()
+    assert len(scheduler.waiting) == 2
+    assert scheduler.reserve_again(step)

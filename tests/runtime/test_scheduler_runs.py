@@ -20,6 +20,7 @@ from multibatch.sampling_params import SamplingParams
 from multibatch.scheduler import ScheduledStep, Scheduler, SchedulerConfig
 
 EOS = 0
+WAYS = st.sampled_from(["in turn", "ahead", "following"])
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Outcome:
     refused: list[str] = field(default_factory=list)
     admitted: list[str] = field(default_factory=list)
     batches: list[object] = field(default_factory=list)
+    num_followed: int = 0
 
 
 def make_sequence(name: str, arrival: Arrival) -> Sequence:
@@ -103,6 +105,12 @@ class Device:
             position = sequence.num_computed_tokens - 1
             self._compute(sequence, position, position + 1)
         return [token_at(seq.request_id, seq.num_computed_tokens) for seq in step.sampled]
+
+    def run_again(self, step: ScheduledStep) -> list[int]:
+        """Computes the step that follows a reserved one, before anybody has heard of what that one gave."""
+        for sequence in step.decode:
+            self._compute(sequence, sequence.num_computed_tokens, sequence.num_computed_tokens + 1)
+        return [token_at(seq.request_id, seq.num_computed_tokens + 1) for seq in step.decode]
 
     def _compute(self, sequence: Sequence, start: int, stop: int) -> None:
         prompt = sequence.request.prompt_token_ids
@@ -160,33 +168,51 @@ def collect(scheduler: Scheduler, trace: Trace, tick: int, step: ScheduledStep, 
     scheduler.check_integrity()
 
 
-def simulate(trace: Trace, *, ahead: bool = False) -> Outcome:
-    """Runs a trace to its end, each step collected at once or, `ahead`, after the next launch."""
-    config, outcome, device = trace.config, Outcome(), Device(trace.config.block_size)
+def plan(scheduler: Scheduler, trace: Trace, outcome: Outcome, *, in_turn: bool) -> ScheduledStep:
+    had_work = scheduler.has_unfinished
+    decoding = [s for s in scheduler.running if s.num_tokens - s.num_computed_tokens == 1]
+    step = scheduler.schedule()
+    check_step(scheduler, step, trace.config, sharing=trace.prefix_caching)
+    if had_work and in_turn:
+        check_nobody_starves(scheduler, decoding, step)
+    for chunk in step.prefill:
+        name = chunk.sequence.request_id
+        if chunk.sequence.num_preemptions == 0 and name not in outcome.admitted:
+            outcome.admitted.append(name)
+    return step
+
+
+def simulate(trace: Trace, way: str = "in turn") -> Outcome:
+    """Runs a trace to its end: each step collected at once ("in turn"), after the next launch ("ahead"), or at once, but where the
+    same rows go on after the next one has run already ("following").
+    """
+    outcome, device = Outcome(), Device(trace.config.block_size)
     allocator = BlockAllocator(trace.num_blocks)
-    prefix_cache = PrefixCache(allocator, config.block_size) if trace.prefix_caching else None
-    scheduler = Scheduler(config, allocator, prefix_cache)
+    prefix_cache = PrefixCache(allocator, trace.config.block_size) if trace.prefix_caching else None
+    scheduler = Scheduler(trace.config, allocator, prefix_cache)
     launched: list[tuple[int, ScheduledStep, list[int]]] = []
+    # The step that was reserved, and what the one that follows it gave.
+    reserved: tuple[ScheduledStep, list[int]] | None = None
     last_arrival = max(arrival.tick for arrival in trace.arrivals)
     tick = 0
-    while tick <= last_arrival or scheduler.has_unfinished or launched:
+    while tick <= last_arrival or scheduler.has_unfinished or launched or reserved:
         assert tick < 5000
         take_requests(scheduler, trace, tick, outcome)
-        had_work = scheduler.has_unfinished
-        decoding = [s for s in scheduler.running if s.num_tokens - s.num_computed_tokens == 1]
-        step = scheduler.schedule()
-        check_step(scheduler, step, config, sharing=trace.prefix_caching)
-        if had_work and not ahead:
-            check_nobody_starves(scheduler, decoding, step)
-        for chunk in step.prefill:
-            name = chunk.sequence.request_id
-            if chunk.sequence.num_preemptions == 0 and name not in outcome.admitted:
-                outcome.admitted.append(name)
+        if reserved is None:
+            step = plan(scheduler, trace, outcome, in_turn=way != "ahead")
+            ids = device.run(step)
+        else:
+            step, ids = scheduler.schedule_again(reserved[0]), reserved[1]
+            outcome.num_followed += 1
         outcome.batches.append((chunks(step), names(step.decode), names(step.preempted)))
-        launched.append((tick, step, device.run(step)))
-        num_kept = 1 if ahead and not step.is_empty else 0
+        launched.append((tick, step, ids))
+        follows = way == "following" and scheduler.reserve_again(step)
+        reserved = (step, device.run_again(step)) if follows else None
+        num_kept = 1 if way == "ahead" and not step.is_empty else 0
         while len(launched) > num_kept:
             collect(scheduler, trace, *launched.pop(0))
+        if tick in trace.failing_ticks:
+            reserved = None
         tick += 1
     assert not scheduler.running
     assert not scheduler.waiting
@@ -248,9 +274,9 @@ def fits_alone(trace: Trace, arrival: Arrival) -> bool:
 
 
 @settings(max_examples=300, deadline=None)
-@given(trace=traces(disturbed=False), ahead=st.booleans())
-def test_every_request_gets_exactly_its_tokens(trace: Trace, ahead: bool) -> None:
-    outcome = simulate(trace, ahead=ahead)
+@given(trace=traces(disturbed=False), way=WAYS)
+def test_every_request_gets_exactly_its_tokens(trace: Trace, way: str) -> None:
+    outcome = simulate(trace, way)
     fitting = [str(n) for n, arrival in enumerate(trace.arrivals) if fits_alone(trace, arrival)]
     assert list(outcome.sequences) == fitting
     assert sorted(outcome.admitted, key=int) == fitting
@@ -261,9 +287,9 @@ def test_every_request_gets_exactly_its_tokens(trace: Trace, ahead: bool) -> Non
 
 
 @settings(max_examples=300, deadline=None)
-@given(trace=traces(), ahead=st.booleans())
-def test_aborts_and_failed_steps_harm_nobody_else(trace: Trace, ahead: bool) -> None:
-    outcome = simulate(trace, ahead=ahead)
+@given(trace=traces(), way=WAYS)
+def test_aborts_and_failed_steps_harm_nobody_else(trace: Trace, way: str) -> None:
+    outcome = simulate(trace, way)
     in_order = outcome.admitted == sorted(outcome.admitted, key=int)
     assert in_order or trace.config.queue_policy == "priority"
     for name, sequence in outcome.sequences.items():
@@ -280,19 +306,20 @@ def test_aborts_and_failed_steps_harm_nobody_else(trace: Trace, ahead: bool) -> 
 
 
 @settings(max_examples=50, deadline=None)
-@given(trace=traces(), ahead=st.booleans())
-def test_the_same_trace_gives_the_same_batches(trace: Trace, ahead: bool) -> None:
-    assert simulate(trace, ahead=ahead).batches == simulate(trace, ahead=ahead).batches
+@given(trace=traces(), way=WAYS)
+def test_the_same_trace_gives_the_same_batches(trace: Trace, way: str) -> None:
+    assert simulate(trace, way).batches == simulate(trace, way).batches
 
 
 def test_the_simulation_meets_preemption_and_shared_prefill() -> None:
     config = SchedulerConfig(max_num_seqs=4, max_seq_len=24, block_size=2, max_prefill_tokens=8, max_prefill_rows=3)
     params = SamplingParams(max_tokens=12, ignore_eos=True)
     arrivals = tuple(Arrival(tick=0, num_prompt=n, params=params) for n in (3, 5, 4, 6))
-    for ahead in (False, True):
-        outcome = simulate(Trace(config, 1 + 14, arrivals), ahead=ahead)
+    for way in ("in turn", "ahead", "following"):
+        outcome = simulate(Trace(config, 1 + 14, arrivals), way)
         assert any(sequence.num_preemptions for sequence in outcome.sequences.values())
         assert all(sequence.num_output_tokens == 12 for sequence in outcome.sequences.values())
+        assert bool(outcome.num_followed) == (way == "following")
 
 
 def test_the_simulation_meets_shared_blocks_and_eviction() -> None:

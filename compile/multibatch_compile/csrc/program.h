@@ -1,11 +1,13 @@
 // A compiled program that runs without Python's lock. PyTorch's binding of the loader keeps the lock while it runs
 // (pytorch/pytorch#197516), so that an event loop of the same process would stand still for as long as a step takes; methods
-// of custom classes give it back. It can also be started, to run on the operators' threads while Python goes on.
+// of custom classes give it back. It can also be started, to run on the operators' threads while Python goes on, and be told
+// beforehand what to run next: where the tokens of one run are all that the next one lacks, nobody need be there in between.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
 #include <torch/custom_class.h>
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <exception>
@@ -49,52 +51,128 @@ class Program : public torch::CustomClassHolder {
   // Begins a run and returns. Where no thread is free for it, `finish` runs it.
   void start(std::vector<at::Tensor> inputs) {
     check_is_free();
-    inputs_ = std::move(inputs);
-    is_done_.store(false);
+    runs_[current_].reset(std::move(inputs));
     is_started_ = true;
-    is_driven_ = ThreadPool::instance().drive(call_, is_done_);
+    is_driven_ = ThreadPool::instance().drive(drive_);
   }
 
-  // Ends the run, the calling thread helping, and gives its outputs, the first maxima of the first of them, and how many seconds it
-  // took.
-  std::tuple<std::vector<at::Tensor>, at::Tensor, double> finish() {
+  // Has another run begin as soon as the one that was started ends, with its first `num_tokens` maxima as the first of its
+  // inputs; unless one of them is among `stops`, or none at all, or the run fails. False where no thread would do it, and where
+  // something was withdrawn before: the driver may be reading that.
+  bool follow(std::vector<at::Tensor> inputs, int64_t num_tokens, std::vector<int64_t> stops) {
+    TORCH_CHECK(is_started_, "Program.follow: it was not started");
+    const int next = next_.load(std::memory_order_acquire);
+    TORCH_CHECK(next != kOffered && next != kBegun, "Program.follow: another run follows already; finish this one first");
+    const at::Tensor& ids = inputs.at(0);
+    TORCH_CHECK(ids.scalar_type() == at::kLong && ids.is_contiguous() && num_tokens >= 1 && num_tokens <= ids.numel(),
+                "Program.follow: ", num_tokens, " tokens for the first input of ", ids.numel(), "; allowed: int64, 1 to that many");
+    if (!is_driven_ || next == kWithdrawn) return false;
+    runs_[1 - current_].reset(std::move(inputs));
+    num_tokens_ = num_tokens;
+    stops_ = std::move(stops);
+    std::sort(stops_.begin(), stops_.end());
+    next_.store(kOffered, std::memory_order_release);
+    return true;
+  }
+
+  // Takes back what `follow` asked for, unless it has begun. From any thread.
+  void withdraw() { decide(kWithdrawn); }
+
+  // Ends the run, the calling thread helping: its outputs, the first maxima of the first of them, how many seconds it took, how many
+  // have passed since, and whether the run that was to follow has begun.
+  std::tuple<std::vector<at::Tensor>, at::Tensor, double, double, bool> finish() {
     TORCH_CHECK(is_started_, "Program.finish: it was not started");
-    await();
-    inputs_.clear();
-    if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
-    return {std::move(outputs_), std::move(maxima_), seconds_};
+    Run& run = runs_[current_];
+    await(run);
+    run.inputs.clear();
+    const bool is_followed = next_.exchange(kNone, std::memory_order_acq_rel) == kBegun;
+    is_started_ = is_followed;
+    if (is_followed) current_ = 1 - current_;
+    if (run.error) std::rethrow_exception(std::exchange(run.error, nullptr));
+    const double late = std::chrono::duration<double>(Clock::now() - run.end).count();
+    return {std::move(run.outputs), std::move(run.maxima), run.seconds, late, is_followed};
   }
 
-  // Ends a run that nobody will finish.
+  // Ends runs that nobody will finish.
   void settle() {
-    if (is_started_ && is_driven_) await();
+    withdraw();
+    if (is_started_ && is_driven_) {
+      await(runs_[current_]);
+      if (next_.load(std::memory_order_acquire) == kBegun) await(runs_[1 - current_]);
+    }
+    next_.store(kNone);
     is_started_ = false;
-    error_ = nullptr;
   }
 
   ~Program() override { settle(); }
 
  private:
+  using Clock = std::chrono::steady_clock;
+  // Whether a run is to follow the one that runs.
+  static constexpr int kNone = 0, kOffered = 1, kBegun = 2, kWithdrawn = 3;
+
+  struct Run {
+    std::vector<at::Tensor> inputs, outputs;
+    at::Tensor maxima;
+    std::exception_ptr error;
+    double seconds = 0;
+    Clock::time_point end;
+    std::atomic<bool> is_done{false};
+
+    void reset(std::vector<at::Tensor> given) {
+      inputs = std::move(given);
+      error = nullptr;
+      is_done.store(false);
+    }
+  };
+
   void check_is_free() const { TORCH_CHECK(!is_started_, "the program was started already; finish it first"); }
 
-  void await() {
+  void await(Run& run) {
     if (is_driven_) {
-      ThreadPool::instance().help(is_done_);
+      ThreadPool::instance().help(run.is_done);
     } else {
-      call();
+      call(run);
     }
-    is_started_ = false;
   }
 
-  void call() {
-    const auto begin = std::chrono::steady_clock::now();
+  void call(Run& run) {
+    const auto begin = Clock::now();
     try {
-      outputs_ = loader_.boxed_run(arguments(inputs_));
-      maxima_ = first_maxima(outputs_.at(0));
+      run.outputs = loader_.boxed_run(arguments(run.inputs));
+      run.maxima = first_maxima(run.outputs.at(0));
     } catch (...) {
-      error_ = std::current_exception();
+      run.error = std::current_exception();
     }
-    seconds_ = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
+    run.end = Clock::now();
+    run.seconds = std::chrono::duration<double>(run.end - begin).count();
+  }
+
+  // One run after the other, for as long as each is to be followed. Whoever waits for one is told once it is known whether it is.
+  std::atomic<bool>* drive() {
+    for (int i = current_;; i = 1 - i) {
+      call(runs_[i]);
+      if (!feed(runs_[i], runs_[1 - i])) return &runs_[i].is_done;
+      runs_[i].is_done.store(true, std::memory_order_release);
+    }
+  }
+
+  // Gives the run that is to follow its tokens, if there is one and it can have them.
+  bool feed(const Run& run, Run& next) {
+    if (run.error || next_.load(std::memory_order_acquire) != kOffered) return false;
+    const int64_t* tokens = run.maxima.const_data_ptr<int64_t>();
+    const bool can_go_on = std::none_of(tokens, tokens + num_tokens_, [this](int64_t token) {
+      return token < 0 || std::binary_search(stops_.begin(), stops_.end(), token);
+    });
+    if (!can_go_on || !decide(kBegun)) return false;
+    std::copy_n(tokens, num_tokens_, next.inputs[0].data_ptr<int64_t>());
+    return true;
+  }
+
+  // What becomes of the run that was offered, if nobody was quicker.
+  bool decide(int becomes) {
+    int offered = kOffered;
+    return next_.compare_exchange_strong(offered, becomes, std::memory_order_acq_rel);
   }
 
   // Owners of their own: the last one of a tensor that Python made needs Python's lock to let it go.
@@ -108,12 +186,13 @@ class Program : public torch::CustomClassHolder {
 
   std::unordered_map<std::string, at::Tensor> constants_;
   torch::inductor::AOTIModelPackageLoader loader_;
-  const std::function<void()> call_{[this] { call(); }};
-  std::vector<at::Tensor> others_, inputs_, outputs_;
-  at::Tensor maxima_;
-  std::exception_ptr error_;
-  double seconds_ = 0;
-  std::atomic<bool> is_done_{false};
+  const std::function<std::atomic<bool>*()> drive_{[this] { return drive(); }};
+  std::vector<at::Tensor> others_;
+  Run runs_[2];
+  std::atomic<int> next_{kNone};
+  int64_t num_tokens_ = 0;
+  std::vector<int64_t> stops_;
+  int current_ = 0;  // the run that `finish` ends
   bool is_started_ = false, is_driven_ = false;
 };
 
@@ -127,6 +206,8 @@ TORCH_LIBRARY_FRAGMENT(multibatch, library) {
       .def("bind", &multibatch::Program::bind)
       .def("run", &multibatch::Program::run)
       .def("start", &multibatch::Program::start)
+      .def("follow", &multibatch::Program::follow)
+      .def("withdraw", &multibatch::Program::withdraw)
       .def("finish", &multibatch::Program::finish)
       .def("settle", &multibatch::Program::settle);
 }

@@ -92,27 +92,20 @@ class ThreadPool {
     const int self = place();
     for (int i = 0; i < num_threads(); ++i)
       ranges_[i].store(num_tiles * i / num_threads(), num_tiles * (i + 1) / num_threads());
-    if (sleepers_.load(std::memory_order_seq_cst) > 0) {
-      { std::lock_guard<std::mutex> lock(sleep_mutex_); }
-      wake_.notify_all();
-    }
+    wake_sleepers();
     take_tiles(self);
     // Every tile was handed out; those of other threads may still run.
     while (done_.load(std::memory_order_acquire) < num_tiles) fetch_or_relax(self);
   }
 
-  // Has a worker call `program`, which calls run(), and set `is_done` as the last thing. False where no worker is free for it:
-  // nothing was called. Both must stay until then; `program` must not throw.
-  bool drive(const std::function<void()>& program, std::atomic<bool>& is_done) {
+  // Has a worker call `program`, which calls run(), and set the flag that it returns as the last thing. False where no worker is
+  // free for it: nothing was called. Both must stay until then; `program` must not throw.
+  bool drive(const std::function<std::atomic<bool>*()>& program) {
     int nobody = kNobody;
     if (workers_.empty() || !driving_.compare_exchange_strong(nobody, kTaken, std::memory_order_acq_rel)) return false;
     program_ = &program;
-    is_program_done_ = &is_done;
     driving_.store(kReady, std::memory_order_seq_cst);
-    if (sleepers_.load(std::memory_order_seq_cst) > 0) {
-      { std::lock_guard<std::mutex> lock(sleep_mutex_); }
-      wake_.notify_all();
-    }
+    wake_sleepers();
     return true;
   }
 
@@ -175,10 +168,9 @@ class ThreadPool {
 
   void drive_program() {
     driving_.store(kTaken, std::memory_order_relaxed);
-    (*program_)();
-    std::atomic<bool>& is_done = *is_program_done_;
+    std::atomic<bool>* is_done = (*program_)();
     driving_.store(kNobody, std::memory_order_release);
-    is_done.store(true, std::memory_order_release);
+    is_done->store(true, std::memory_order_release);
   }
 
   // Waits until nobody drives, and lets nobody begin.
@@ -188,6 +180,12 @@ class ThreadPool {
       nobody = kNobody;
       std::this_thread::yield();
     }
+  }
+
+  void wake_sleepers() {
+    if (sleepers_.load(std::memory_order_seq_cst) == 0) return;
+    { std::lock_guard<std::mutex> lock(sleep_mutex_); }
+    wake_.notify_all();
   }
 
   bool has_tiles() const {
@@ -330,8 +328,7 @@ class ThreadPool {
   std::chrono::milliseconds rest_ = kRest;
   std::atomic<int> resting_{0};  // workers that take no tiles, the last ones
   const std::function<void(int64_t)>* job_ = nullptr;
-  const std::function<void()>* program_ = nullptr;
-  std::atomic<bool>* is_program_done_ = nullptr;
+  const std::function<std::atomic<bool>*()>* program_ = nullptr;
   std::atomic<int> driving_{kNobody}, helpers_{0};
   std::atomic<bool> may_rest_{true};  // as the job's tiles are short
   std::vector<Range> ranges_{1};  // of each thread, the caller's first
