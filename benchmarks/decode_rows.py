@@ -11,18 +11,23 @@ from multibatch.sampling_params import RequestOutputKind
 _PROMPT_TOKENS = 128
 
 
-def add_rows(engine: Engine, rows: int, tokens: int, name: str) -> None:
+def add_rows(engine: Engine, rows: int, tokens: int, name: str, temperature: float = 0.0) -> None:
     """Adds requests and runs them up to their first decode step.
 
     Args:
         engine: idle.
         rows: requests, each with a prompt of 128 random ids of its own.
-        tokens: that each generates, greedily.
+        tokens: that each generates.
         name: begins their request ids, and seeds their prompts.
+        temperature: of the draws.
     """
     rng = random.Random(name)
     params = SamplingParams(
-        temperature=0.0, max_tokens=tokens, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        temperature=temperature,
+        max_tokens=tokens,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
     for i in range(rows):
         prompt = [rng.randrange(engine.manifest.model.vocab_size) for _ in range(_PROMPT_TOKENS)]

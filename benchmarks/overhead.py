@@ -1,6 +1,6 @@
 """What a decode step costs beside the program: scheduling, inputs, sampling, outputs. With --profile, which functions.
 
-usage: python -m benchmarks.overhead ARTIFACT [--rows 1,8,16] [--tokens 128] [--profile] [--in-turn]
+usage: python -m benchmarks.overhead ARTIFACT [--rows 1,8,16] [--tokens 128] [--temperature 0] [--profile] [--in-turn]
 
 Prints it for steps that begin while the outputs of the one before are made, as they do by default, and with --in-turn for one after the
 other.
@@ -25,6 +25,7 @@ from multibatch.batch import ProgramInputs
 from multibatch.config import EngineConfig
 from multibatch.engine import Engine
 from multibatch.kv.pool import KVPool
+from multibatch.logit_passes import DrawOptions
 
 
 class Timed:
@@ -42,9 +43,9 @@ class Timed:
         self.seconds.append(time.perf_counter() - start)
         return logits
 
-    def start(self, program: str, inputs: ProgramInputs, pool: KVPool) -> StartedCall:
+    def start(self, program: str, inputs: ProgramInputs, pool: KVPool, draws: DrawOptions | None = None) -> StartedCall:
         """See `LoadedPrograms.start`."""
-        return TimedCall(self._programs.start(program, inputs, pool), self.seconds)
+        return TimedCall(self._programs.start(program, inputs, pool, draws), self.seconds)
 
     def settle(self) -> None:
         """See `LoadedPrograms.settle`."""
@@ -66,9 +67,11 @@ class TimedCall:
         return dataclasses.replace(result, followed=followed)
 
 
-def steps(engine: Engine, programs: Timed, rows: int, tokens: int) -> list[tuple[float, float]]:
+def steps(
+    engine: Engine, programs: Timed, rows: int, tokens: int, temperature: float = 0.0
+) -> list[tuple[float, float]]:
     """Milliseconds of each decode step of `rows` requests, and of its programs."""
-    add_rows(engine, rows, tokens, str(rows))
+    add_rows(engine, rows, tokens, str(rows), temperature)
     found = []
     while engine.has_unfinished:
         programs.seconds.clear()
@@ -84,6 +87,7 @@ def main() -> None:
     parser.add_argument("artifact")
     parser.add_argument("--rows", default="1,8,16")
     parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--in-turn", action="store_true")
     arguments = parser.parse_args()
@@ -95,7 +99,7 @@ def main() -> None:
         profile = cProfile.Profile()
         if arguments.profile:
             profile.enable()
-        found = steps(engine, programs, rows, arguments.tokens)
+        found = steps(engine, programs, rows, arguments.tokens, arguments.temperature)
         profile.disable()
         step, program, rest = (statistics.median(x) for x in zip(*((s, p, s - p) for s, p in found), strict=True))
         print(f"{rows:3d} rows: step {step:.2f} ms, program {program:.2f}, rest {rest:.3f} ({rest / step:.1%})")

@@ -13,7 +13,7 @@ from typing import Final
 import torch
 
 from multibatch.errors import StepError
-from multibatch.logit_passes import CHUNK, DrawTokens, LogitPasses, first_maxima_of
+from multibatch.logit_passes import CHUNK, DrawOptions, LogitPasses, first_maxima_of
 from multibatch.request import random_bits
 from multibatch.sampling_row import SamplingRow
 
@@ -69,7 +69,7 @@ def checked(found: torch.Tensor, rows: Sequence[SamplingRow]) -> list[int]:
 def draw(logits: torch.Tensor, rows: Sequence[SamplingRow], passes: LogitPasses) -> list[int]:
     """Draws from [n, V], each row by its own temperature, min_p, top_k and top_p."""
     if passes.draw_tokens is not None:
-        return checked(_draw_by(passes.draw_tokens, logits, rows), rows)
+        return checked(passes.draw_tokens(logits, draw_options(rows, logits.shape[1])), rows)
     logits = whole_chunks(logits)
     maxima = passes.chunk_maxima(logits, CHUNK)
     found = first_maxima_of(logits, maxima)
@@ -84,16 +84,16 @@ def draw(logits: torch.Tensor, rows: Sequence[SamplingRow], passes: LogitPasses)
     return token_ids
 
 
-def _draw_by(draw_tokens: DrawTokens, logits: torch.Tensor, rows: Sequence[SamplingRow]) -> torch.Tensor:
+def draw_options(rows: Sequence[SamplingRow], vocabulary: int) -> DrawOptions:
+    """How to draw from the logits [n, vocabulary] of these rows."""
     params = [row.params for row in rows]
-    return draw_tokens(
-        logits,
+    return DrawOptions(
         torch.tensor([0.0 if p.is_greedy else p.temperature for p in params]),
         torch.tensor([p.top_k for p in params]),
         torch.tensor([p.top_p for p in params], dtype=torch.float64),
         torch.tensor([math.log(p.min_p) if p.min_p > 0.0 else -math.inf for p in params], dtype=torch.float64),
         torch.tensor([random_bits(row.seed, row.position) for row in rows]),
-        _scale(logits.shape[1]),
+        _scale(vocabulary),
     )
 
 

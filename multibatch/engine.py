@@ -86,7 +86,7 @@ class Engine:
         self._tokenizer = TokenizerFolder(artifact.path / "tokenizer")
         self._intake = Intake(manifest, self.limits, self._tokenizer, config.seed)
         self._book = RequestBook(self.scheduler, self.stats, self._tokenizer)
-        self._sampler = StepSampler(self._programs.passes, self._book)
+        self._sampler = StepSampler(self._programs.passes, manifest.model.vocab_size, self._book)
         # None, or the step that runs while its caller does something else; and torch's threads, which rest meanwhile.
         self._ahead: Launch | None = None
         self._resting_threads: contextlib.ExitStack | None = None
@@ -246,8 +246,9 @@ class Engine:
         self.stats.num_preemptions += len(step.preempted)
         launch = Launch(step, begin)
         if starts:
+            launch.rows = self._sampler.known_rows(step)
             try:
-                launch.started = self.runner.start(step)
+                launch.started = self.runner.start(step, self._sampler.draws(launch.rows))
             except RuntimeError as error:
                 launch.error = error
         return launch
@@ -264,16 +265,27 @@ class Engine:
                 self._resting_threads.enter_context(self._programs.own_threads())
             self._ahead = self._launch(starts=True)
 
+    def _see_to_next(self, launch: Launch, ended: float, arrivals: Callable[[], None] | None) -> None:
+        """Takes up the step that followed by itself when `launch` had ended, or begins one."""
+        if launch.followed is None:
+            self._launch_ahead(arrivals)
+            return
+        self._ahead = Launch(self.scheduler.schedule_again(launch.step), ended, launch.followed, rows=launch.next_rows)
+        if arrivals is not None:
+            arrivals()
+
     def _offer_next(self) -> None:
         """Lets the step that runs be followed by one of the same rows, where it will be: then nobody need plan it in between."""
         launch = self._ahead
-        if launch is None or launch.started is None or launch.started.is_finished:
+        if launch is None or launch.rows is None or launch.started is None or launch.started.is_finished:
             return
-        launch.rows = self._sampler.plain_rows(launch.step)
-        if launch.rows is not None and self._may_follow(launch.step) and self.scheduler.reserve_again(launch.step):
-            rows = launch.step.decode
-            stops = {token for sequence in rows for token in sequence.request.ending_token_ids}
-            self.runner.follow(launch.started, rows, list(stops))
+        rows = self._sampler.known_rows(launch.step, ahead=1)
+        if rows is None or not self._may_follow(launch.step) or not self.scheduler.reserve_again(launch.step):
+            return
+        sequences = launch.step.decode
+        stops = {token for sequence in sequences for token in sequence.request.ending_token_ids}
+        if self.runner.follow(launch.started, sequences, list(stops), self._sampler.draws(rows)):
+            launch.next_rows = rows
 
     def _may_follow(self, step: ScheduledStep) -> bool:
         """Whether the rows of a step may be decoded again before anybody has seen its tokens."""
@@ -302,12 +314,7 @@ class Engine:
         ended = now if launch.started is None else launch.started.ended
         ms = (ended - launch.begin + now - max(ended, landing)) * 1000
         self.scheduler.step_done(step, ms)
-        if launch.followed is not None:
-            self._ahead = Launch(self.scheduler.schedule_again(step), ended, launch.followed)
-            if arrivals is not None:
-                arrivals()
-        else:
-            self._launch_ahead(arrivals)
+        self._see_to_next(launch, ended, arrivals)
         if launch.started is not None:
             self.runner.record(launch.started)
         self.stats.iteration_tokens.observe(step.num_prefill_tokens + len(step.decode))
@@ -397,9 +404,8 @@ class Engine:
         if launch is not None and launch.started is not None:
             result = self.runner.finish(launch.started)
             logits = result.logits
-            if launch.rows is not None and result.highest is not None:
-                sampled = self._sampler.take(step, launch.rows, result.highest)
-                if sampled is not None:
-                    return sampled
+            sampled = None if launch.rows is None else self._sampler.take(step, launch.rows, result)
+            if sampled is not None:
+                return sampled
         with self._programs.own_threads():
             return self._sampler.sample(step, self.runner.run(step) if logits is None else logits)

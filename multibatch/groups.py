@@ -27,8 +27,8 @@ class Completion:
     scheduled_ts: float | None = None
     first_token_ts: float | None = None
     last_token_ts: float | None = None
-    plain_row: SamplingRow | None = None
-    """What the sampler is told, once its token is the maximum of the logits for good; its position is not read any more."""
+    known_row: SamplingRow | None = None
+    """What the sampler is told, once the logits count as they come for good; its position is that of some earlier token."""
 
 
 @dataclass(slots=True)

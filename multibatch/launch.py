@@ -21,7 +21,9 @@ class Launch:
     error: RuntimeError | None = None
     """Why it could not be begun."""
     rows: list[SamplingRow] | None = None
-    """See `StepSampler.plain_rows`."""
+    """See `StepSampler.known_rows`."""
+    next_rows: list[SamplingRow] | None = None
+    """Those of the step that may follow it."""
 
     @property
     def followed(self) -> StartedStep | None:

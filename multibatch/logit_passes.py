@@ -35,12 +35,30 @@ def first_maxima_of(scores: torch.Tensor, maxima: torch.Tensor) -> torch.Tensor:
     return torch.where(torch.isfinite(inside.gather(1, best)), members.gather(1, best), -1).flatten()
 
 
-DrawTokens = Callable[
-    [torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor
-]
-"""Logits [n, V], and of each row temperature float32[n] (0: the first of the highest), top_k int64[n] (0 or less: all), top_p float64[n],
-the logarithm of min_p float64[n], 53 random bits int64[n]; and by what the exponentials are multiplied before they are rounded
-down -> the tokens that `draws.draw` gives, int64[n], -1 where the highest score is no finite number."""
+@dataclass(frozen=True, slots=True)
+class DrawOptions:
+    """How the tokens of n rows are drawn."""
+
+    temperature: torch.Tensor
+    """float32[n]; 0: the first of the highest."""
+    top_k: torch.Tensor
+    """int64[n]; 0 or less: all."""
+    top_p: torch.Tensor
+    """float64[n]"""
+    log_min_p: torch.Tensor
+    """float64[n]: the logarithm of min_p."""
+    random: torch.Tensor
+    """int64[n]: 53 random bits."""
+    scale: float
+    """By what the exponentials are multiplied before they are rounded down."""
+
+    def tensors(self) -> list[torch.Tensor]:
+        """In the order in which the operator takes them."""
+        return [self.temperature, self.top_k, self.top_p, self.log_min_p, self.random]
+
+
+DrawTokens = Callable[[torch.Tensor, DrawOptions], torch.Tensor]
+"""Logits [n, V] -> the tokens that `draws.draw` gives, int64[n], -1 where the highest score is no finite number."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from multibatch.errors import ArtifactError, CapacityError
-from multibatch.logit_passes import LogitPasses
+from multibatch.logit_passes import DrawOptions, LogitPasses
 
 PANEL = 32
 """Outputs of a packed weight that lie side by side."""
@@ -181,8 +181,13 @@ def logit_passes() -> LogitPasses:
     return LogitPasses(
         passes.chunk_maxima,
         passes.first_maxima if known("multibatch::first_maxima", "CPU") else None,
-        passes.draw_tokens if known("multibatch::draw_tokens", "CPU") else None,
+        _draw_tokens if known("multibatch::draw_tokens", "CPU") else None,
     )
+
+
+def _draw_tokens(logits: torch.Tensor, options: DrawOptions) -> torch.Tensor:
+    tokens: torch.Tensor = torch.ops.multibatch.draw_tokens(logits, *options.tensors(), options.scale)
+    return tokens
 
 
 class _Resting(threading.local):

@@ -15,6 +15,7 @@ from multibatch.backends.base import LoadedPrograms, StartedCall
 from multibatch.batch import InputBuffers, ProgramInputs, decode_inputs, decode_row, prefill_inputs, step_inputs
 from multibatch.kv.block_table import blocks_for
 from multibatch.kv.pool import KVPool
+from multibatch.logit_passes import DrawOptions
 from multibatch.manifest import STEP, Manifest, decoder_name, prefill_name
 from multibatch.metrics import CallRecord, ProgramUse
 from multibatch.request import Sequence
@@ -54,33 +55,47 @@ class Runner:
         """Logits of the step's sampled sequences, in that order, then of each chunk's `prompt_positions`: [n, V]."""
         return self._joined([self._run(call) for call in self._calls(step)])
 
-    def start(self, step: ScheduledStep) -> StartedStep | None:
-        """Begins what `run` does, where the programs can; None of a step without calls."""
+    def start(self, step: ScheduledStep, draws: DrawOptions | None = None) -> StartedStep | None:
+        """Begins what `run` does, where the programs can; None of a step without calls.
+
+        Args:
+            step: as planned.
+            draws: how the tokens of `step.sampled` are drawn; None: each the maximum of its logits.
+        """
         calls = self._calls(step)
         if not calls:
             return None
-        first = calls[0]
-        return StartedStep(first, self._programs.start(first.program, first.inputs, self._pool), calls[1:])
+        first, others = calls[0], calls[1:]
+        has_tokens = not others and (draws is None or isinstance(first.wanted, range))
+        running = self._programs.start(first.program, first.inputs, self._pool, draws if has_tokens else None)
+        return StartedStep(first, running, others, has_tokens)
 
-    def follow(self, started: StartedStep, rows: tuple[Sequence, ...], stop_token_ids: AnySequence[int]) -> bool:
+    def follow(
+        self,
+        started: StartedStep,
+        rows: tuple[Sequence, ...],
+        stop_token_ids: AnySequence[int],
+        draws: DrawOptions | None = None,
+    ) -> bool:
         """Has these decode rows of a started step decoded again as soon as it ends (see `StartedCall.follow`).
 
         Args:
             started: a step that was not waited for yet.
             rows: all that it decodes; each holds the block of its next token.
             stop_token_ids: nothing follows where one of them is drawn.
+            draws: see `start`; of the tokens behind those of the started step.
 
         Returns:
             Whether it may begin.
         """
         slots = self._selector.select(len(rows))
-        if started.others or len(slots) != 1:
+        if not started.has_tokens or len(slots) != 1:
             return False
         call = self._decode_call(rows, slots[0], ahead=1)
-        if call.program != started.first.program or not started.running.follow(call.inputs, len(rows), stop_token_ids):
-            return False
-        started.offered = call
-        return True
+        if call.program == started.first.program:
+            started.offered = call
+            return started.running.follow(call.inputs, len(rows), stop_token_ids, draws)
+        return False
 
     def finish(self, started: StartedStep) -> StepResult:
         """What `run` gives, of a step that was started, and what else came of it. Its first call is recorded by `record`.
@@ -109,8 +124,9 @@ class Runner:
         followed = None
         if result.followed is not None:
             assert started.offered is not None
-            followed = StartedStep(started.offered, result.followed, [])
-        return StepResult(first.strip(result.logits), first.strip(result.highest), followed)
+            followed = StartedStep(started.offered, result.followed, [], has_tokens=True)
+        tokens = first.strip(result.tokens) if started.has_tokens else None
+        return StepResult(first.strip(result.logits), tokens, followed)
 
     def record(self, started: StartedStep) -> None:
         """Counts the first call of a step that is finished."""
@@ -206,8 +222,8 @@ class StepResult:
 
     logits: torch.Tensor
     """See `Runner.run`."""
-    highest: torch.Tensor | None
-    """`LogitPasses.highest` of them, where it is known."""
+    tokens: torch.Tensor | None
+    """int64[n] of the sampled sequences, drawn as `Runner.start` was told; None where they have to be drawn from the logits."""
     followed: StartedStep | None
     """The step that follows it, if one has begun."""
 
@@ -219,6 +235,8 @@ class StartedStep:
     first: _Call
     running: StartedCall
     others: list[_Call]
+    has_tokens: bool
+    """Whether it gives its tokens too."""
     offered: _Call | None = None
     """What may follow it."""
     result: StepResult | None = None

@@ -83,13 +83,13 @@ class Sampler:
                     logprobs[i] = row_logprobs(logits[i], token_ids[i], rows[i].params.logprobs or 0)
         return SampledRows(token_ids, logprobs)
 
-    def take(self, highest: torch.Tensor, rows: Sequence[SamplingRow]) -> SampledRows:
-        """What `sample` gives of plain rows that ask for no log-probabilities: `LogitPasses.highest` of their logits, int64[n].
+    def take(self, token_ids: torch.Tensor, rows: Sequence[SamplingRow]) -> SampledRows:
+        """What `sample` gives of rows that ask for no log-probabilities, their tokens being drawn already: int64[n].
 
         Raises:
             StepError: rows (named) have a NaN or an infinite maximum.
         """
-        return SampledRows(checked(highest, rows), [None] * len(rows))
+        return SampledRows(checked(token_ids, rows), [None] * len(rows))
 
     def _drawn(
         self, logits: torch.Tensor, rows: Sequence[SamplingRow], drawn: Sequence[int]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence as AnySequence
 
 import torch
 
+from multibatch.draws import draw_options
 from multibatch.errors import StepError
-from multibatch.logit_passes import LogitPasses
+from multibatch.logit_passes import DrawOptions, LogitPasses
 from multibatch.request import Sequence
 from multibatch.request_book import RequestBook
+from multibatch.runner import StepResult
 from multibatch.sampler import SampledRows, Sampler, row_logprobs
 from multibatch.sampling_row import SamplingRow
 from multibatch.scheduled_step import ScheduledStep
@@ -18,33 +21,49 @@ from multibatch.scheduled_step import ScheduledStep
 class StepSampler:
     """Between the sampler, which knows rows, and the requests, which are whole."""
 
-    def __init__(self, passes: LogitPasses, book: RequestBook) -> None:
-        """Draws with `passes`, for the requests of `book`."""
+    def __init__(self, passes: LogitPasses, vocabulary: int, book: RequestBook) -> None:
+        """Draws with `passes` from logits [n, vocabulary], for the requests of `book`."""
         self._sampler = Sampler(passes)
+        self._can_draw = passes.draw_tokens is not None
+        self._vocabulary = vocabulary
         self._book = book
 
-    def plain_rows(self, step: ScheduledStep) -> list[SamplingRow] | None:
-        """Of `step.sampled`, where each token is the maximum of the logits as they come, and nothing else is asked."""
+    def known_rows(self, step: ScheduledStep, ahead: int = 0) -> list[SamplingRow] | None:
+        """Of `step.sampled`, where the logits of all count as they come and nothing but a token is asked; of their next tokens, or of those
+        so many behind.
+        """
         rows = []
         for sequence in step.sampled:
             owner = self._book.owner_of(sequence)
-            if owner is None or owner[1].plain_row is None or owner[0].params.logprobs is not None:
+            if owner is None or owner[1].known_row is None or owner[0].params.logprobs is not None:
                 return None
-            rows.append(owner[1].plain_row)
+            row = owner[1].known_row
+            if not row.is_plain:
+                if not self._can_draw:
+                    return None
+                row = dataclasses.replace(row, position=sequence.num_tokens + ahead)
+            rows.append(row)
         return rows or None
 
-    def take(self, step: ScheduledStep, rows: list[SamplingRow], highest: torch.Tensor) -> SampledRows | None:
+    def draws(self, rows: AnySequence[SamplingRow] | None) -> DrawOptions | None:
+        """How the tokens of known rows are drawn; None where each is the maximum of its logits, or there are none."""
+        if rows is None or all(row.is_plain for row in rows):
+            return None
+        return draw_options(rows, self._vocabulary)
+
+    def take(self, step: ScheduledStep, rows: list[SamplingRow], result: StepResult) -> SampledRows | None:
         """Takes the tokens that the step found itself; None where there is more to it.
 
         Args:
             step: that ran.
-            rows: its `plain_rows`.
-            highest: int64[n]: `LogitPasses.highest` of its logits; more of them than rows where prompt_logprobs asked.
+            rows: its `known_rows`.
+            result: what came of it.
         """
-        if len(highest) != len(rows) or any(sequence.is_finished for sequence in step.sampled):
+        # More logits than rows: prompt_logprobs asked.
+        if result.tokens is None or len(result.logits) != len(rows) or any(s.is_finished for s in step.sampled):
             return None
         try:
-            return self._sampler.take(highest, rows)
+            return self._sampler.take(result.tokens, rows)
         except StepError:  # of single rows; `sample` ends those
             return None
 
@@ -85,12 +104,12 @@ class StepSampler:
         if owner is None:  # a step that is only timed
             return SamplingRow.from_sequence(sequence)
         group, completion = owner
-        if completion.plain_row is not None:
-            return completion.plain_row
+        if completion.known_row is not None and completion.known_row.is_plain:
+            return completion.known_row
         mask = None if completion.matcher is None else completion.matcher.allowed()
         row = SamplingRow.from_sequence(sequence, group.rules, mask)
-        if row.is_plain and completion.matcher is None:
-            completion.plain_row = row
+        if row.is_unchanged and completion.matcher is None:
+            completion.known_row = row
         return row
 
     def _note_prompt_logprobs(self, step: ScheduledStep, logits: torch.Tensor) -> None:

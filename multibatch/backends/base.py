@@ -11,7 +11,7 @@ import torch
 
 from multibatch.batch import ProgramInputs
 from multibatch.kv.pool import KVPool
-from multibatch.logit_passes import LogitPasses
+from multibatch.logit_passes import DrawOptions, LogitPasses
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,8 @@ class CallResult:
 
     logits: torch.Tensor
     """[R, V]"""
-    highest: torch.Tensor
-    """int64[R]: as `LogitPasses.highest` of the logits."""
+    tokens: torch.Tensor
+    """int64[R]: `LogitPasses.highest` of the logits; or int64[n], drawn by the options that were given for the first n rows."""
     seconds: float
     """How long it took."""
     late_seconds: float = 0.0
@@ -33,11 +33,14 @@ class CallResult:
 class StartedCall(Protocol):
     """A call that was begun."""
 
-    def follow(self, inputs: ProgramInputs, num_rows: int, stop_token_ids: Sequence[int]) -> bool:
+    def follow(
+        self, inputs: ProgramInputs, num_rows: int, stop_token_ids: Sequence[int], draws: DrawOptions | None = None
+    ) -> bool:
         """Has the same program called again as soon as this call ends, whoever waits for it then or does not.
 
-        Each of the first `num_rows` tokens of `inputs` becomes the maximum of that row's logits. It does not begin where one of
-        them is in `stop_token_ids`, or a row has no maximum, or this call fails.
+        The first `num_rows` tokens of `inputs` become those of this call. It does not begin where one of them is in
+        `stop_token_ids`, or a row has none, or this call fails; but where tokens stay on a device it begins at once, and gives
+        such rows whatever it likes. `draws` are of the call that follows.
 
         Returns:
             Whether it may begin; False where the program would have to be called for it.
@@ -74,8 +77,11 @@ class LoadedPrograms(Protocol):
         """Whether `start` may be called: whether a program can run while Python does something else."""
         ...
 
-    def start(self, program: str, inputs: ProgramInputs, pool: KVPool) -> StartedCall:
-        """Begins what `run` does; at most one call at a time and one that follows it. Their inputs stay as they are until finished."""
+    def start(self, program: str, inputs: ProgramInputs, pool: KVPool, draws: DrawOptions | None = None) -> StartedCall:
+        """Begins what `run` does; at most one call at a time and one that follows it. Their inputs stay as they are until finished.
+
+        With `draws` the tokens of its first n rows are drawn by them; they need `passes.draw_tokens`.
+        """
         ...
 
     def settle(self) -> None:
@@ -88,7 +94,7 @@ class NeverStarts:
 
     can_start = False
 
-    def start(self, program: str, inputs: ProgramInputs, pool: KVPool) -> StartedCall:
+    def start(self, program: str, inputs: ProgramInputs, pool: KVPool, draws: DrawOptions | None = None) -> StartedCall:
         """Not to be called."""
         raise NotImplementedError(f"{type(self).__name__} runs {program} only while Python waits")
 

@@ -18,6 +18,7 @@ from multibatch.batch import ProgramInputs
 from multibatch.errors import ArtifactCorruptError, IncompatibleError
 from multibatch.hardware import missing_isa, usable_cores
 from multibatch.kv.pool import KVPool
+from multibatch.logit_passes import DrawOptions
 from multibatch.manifest import Manifest, OperatorLibrary
 
 TIED = "tied:"
@@ -119,12 +120,12 @@ class InductorPrograms:
             return self._bound(program, called, pool).run(inputs.tensors())[0]
         return called.run([*inputs.tensors(), *pool.keys, *pool.values])[0]
 
-    def start(self, program: str, inputs: ProgramInputs, pool: KVPool) -> StartedCall:
+    def start(self, program: str, inputs: ProgramInputs, pool: KVPool, draws: DrawOptions | None = None) -> StartedCall:
         """See `base.LoadedPrograms.start`."""
         started = self._programs[program]
         if not can_start(started):
             raise NotImplementedError("the artifact's operator library cannot start programs")
-        self._bound(program, started, pool).start(inputs.tensors())
+        self._bound(program, started, pool).start(inputs.tensors(), *_given(draws))
         return _Started(started)
 
     def settle(self) -> None:
@@ -145,9 +146,11 @@ class InductorPrograms:
 class _Started:
     program: StartableProgram
 
-    def follow(self, inputs: ProgramInputs, num_rows: int, stop_token_ids: Sequence[int]) -> bool:
+    def follow(
+        self, inputs: ProgramInputs, num_rows: int, stop_token_ids: Sequence[int], draws: DrawOptions | None = None
+    ) -> bool:
         """See `base.StartedCall.follow`."""
-        return self.program.follow(inputs.tensors(), num_rows, list(stop_token_ids))
+        return self.program.follow(inputs.tensors(), num_rows, list(stop_token_ids), *_given(draws))
 
     def withdraw(self) -> None:
         """See `base.StartedCall.withdraw`."""
@@ -155,5 +158,9 @@ class _Started:
 
     def finish(self) -> CallResult:
         """See `base.StartedCall.finish`."""
-        outputs, highest, seconds, late_seconds, is_followed = self.program.finish()
-        return CallResult(outputs[0], highest, seconds, late_seconds, self if is_followed else None)
+        outputs, tokens, seconds, late_seconds, is_followed = self.program.finish()
+        return CallResult(outputs[0], tokens, seconds, late_seconds, self if is_followed else None)
+
+
+def _given(draws: DrawOptions | None) -> tuple[list[torch.Tensor], float]:
+    return ([], 0.0) if draws is None else (draws.tensors(), draws.scale)

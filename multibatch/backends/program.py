@@ -32,12 +32,14 @@ class StartableProgram(Program, Protocol):
         """What every call gets behind its inputs from now on."""
         ...
 
-    def start(self, inputs: list[torch.Tensor]) -> None:
-        """Begins a run; at most one at a time."""
+    def start(self, inputs: list[torch.Tensor], draws: list[torch.Tensor], scale: float) -> None:
+        """Begins a run; at most one at a time. Its tokens are `draw_tokens` of its first output, without draws `first_maxima`."""
         ...
 
-    def follow(self, inputs: list[torch.Tensor], num_tokens: int, stops: list[int]) -> bool:
-        """Has another run begin as soon as the one that was started ends, with its first maxima as the first of its inputs.
+    def follow(
+        self, inputs: list[torch.Tensor], num_tokens: int, stops: list[int], draws: list[torch.Tensor], scale: float
+    ) -> bool:
+        """Has another run begin as soon as the one that was started ends, with its first tokens as the first of its inputs.
 
         Unless one of them is in `stops`, or a row has none, or the run fails. False where no thread would do it.
         """
@@ -50,7 +52,7 @@ class StartableProgram(Program, Protocol):
     def finish(self) -> tuple[list[torch.Tensor], torch.Tensor, float, float, bool]:
         """Ends the run, the calling thread helping.
 
-        Its outputs, `first_maxima` of the first of them, how many seconds it took and how many have passed since, and whether the
+        Its outputs, its tokens, how many seconds it took and how many have passed since, and whether the
         run that was to follow has begun.
         """
         ...

@@ -40,7 +40,8 @@ class PretendedPrograms:
         chosen = next_token(inputs.token_ids[0, keep], inputs.positions[0, keep], self.vocabulary)
         return torch.zeros(len(keep), self.vocabulary).scatter_(1, chosen[:, None], 1.0)
 
-    def start(self, program: str, inputs: ProgramInputs, pool: KVPool) -> PretendedCall:
+    def start(self, program: str, inputs: ProgramInputs, pool: KVPool, draws: None = None) -> PretendedCall:
+        assert draws is None  # `passes` cannot draw
         return PretendedCall(partial(self.run, program, pool=pool), inputs)
 
     def settle(self) -> None:
@@ -54,7 +55,8 @@ class PretendedCall:
         self._run, self._inputs = run, inputs
         self._offered: tuple[ProgramInputs, int, Sequence[int]] | None = None
 
-    def follow(self, inputs: ProgramInputs, num_rows: int, stop_token_ids: Sequence[int]) -> bool:
+    def follow(self, inputs: ProgramInputs, num_rows: int, stop_token_ids: Sequence[int], draws: None = None) -> bool:
+        assert draws is None
         assert inputs.token_ids.data_ptr() != self._inputs.token_ids.data_ptr()
         self._offered = inputs, num_rows, stop_token_ids
         return True

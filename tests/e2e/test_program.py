@@ -21,6 +21,7 @@ from multibatch.backends.program import load_program
 from multibatch.batch import DecodeRow, ProgramInputs, decode_inputs
 from multibatch.kv.block_table import blocks_for
 from multibatch.kv.pool import KVPool
+from multibatch.logit_passes import DrawOptions
 from multibatch.manifest import Manifest, decoder_name
 
 
@@ -95,7 +96,7 @@ def test_started_it_gives_what_it_gives_when_called(demo_artifact: Path, num_thr
         time.sleep(pause)
         result = call.finish()
         assert torch.equal(result.logits, expected)
-        assert torch.equal(result.highest, loaded.passes.highest(expected))
+        assert torch.equal(result.tokens, loaded.passes.highest(expected))
         assert 0 < result.seconds < 60
     assert torch.equal(loaded.run(name, inputs, pool), expected)
 
@@ -182,12 +183,43 @@ def test_a_call_that_follows_gets_its_token_from_the_one_before(demo_artifact: P
         assert result.late_seconds >= 0
         if result.followed is None:  # it had ended before it was told
             assert number == 3 or is_offered
-            given.token_ids[0, 0] = result.highest[0]
+            given.token_ids[0, 0] = result.tokens[0]
             call = loaded.start(name, given, pool) if number < 3 else call
         else:
             assert given.token_ids.item() == logits.argmax()
             call = result.followed
     assert torch.equal(loaded.run(name, inputs, pool), expected[0])
+
+
+def drawn(bits: int) -> DrawOptions:
+    """How one row is drawn, by these bits."""
+    doubles = torch.ones(1, dtype=torch.float64)
+    return DrawOptions(
+        torch.tensor([3.0]), torch.tensor([0]), doubles, -torch.inf * doubles, torch.tensor([bits]), 2.0**40
+    )
+
+
+def test_tokens_may_be_drawn_by_the_call(demo_artifact: Path) -> None:
+    loaded, name, (inputs, pool) = started(demo_artifact, 2)
+    assert loaded.passes.draw_tokens is not None
+    first, second, seen = loaded.run(name, inputs, pool), behind(inputs), set()
+    for share in range(8):
+        draws, next_draws = drawn(share * 2**50 + 7), drawn((7 - share) * 2**50 + 5)
+        token = loaded.passes.draw_tokens(first, draws)
+        seen.add(int(token))
+        call = loaded.start(name, inputs, pool, draws)
+        call.follow(second, 1, [], next_draws)
+        result = call.finish()
+        assert torch.equal(result.tokens, token)
+        if result.followed is not None:
+            assert torch.equal(second.token_ids[0], token)
+            result = result.followed.finish()
+            assert torch.equal(result.tokens, loaded.passes.draw_tokens(result.logits, next_draws))
+        assert loaded.start(name, inputs, pool).finish().tokens == first.argmax()  # without
+    assert len(seen) > 1
+    with pytest.raises(RuntimeError, match="2 options of draws; allowed: 5 or none"):
+        loaded._programs[name].start(inputs.tensors(), [torch.ones(1)] * 2, 1.0)  # type: ignore[attr-defined]
+    assert torch.equal(loaded.run(name, inputs, pool), first)
 
 
 def test_calls_do_follow(demo_artifact: Path) -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import random
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from multibatch import LLM, SamplingParams
+from multibatch import LLM, SamplingParams, ops
 from multibatch.artifact import Artifact
 from multibatch.config import EngineConfig
 from multibatch.engine import Engine
@@ -138,10 +139,10 @@ def test_an_interrupted_launch_leaves_nothing_behind(demo_artifact: Path, monkey
     expected = told(llm.generate([50, 51], LONG, use_tqdm=False))
     inner, calls = llm.engine.runner.start, 0
 
-    def interrupted(step: Any) -> Any:
+    def interrupted(*step: Any) -> Any:
         nonlocal calls
         calls += 1
-        inner(step)
+        inner(*step)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -297,7 +298,10 @@ def test_no_step_is_run_for_nothing_where_a_token_or_a_count_ends_the_row(
     assert_idle(engine)
 
 
-def test_steps_follow_each_other_by_themselves(demo_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("temperatures", [[0.0], [0.9], [0.0, 1.4, 0.7]])
+def test_steps_follow_each_other_by_themselves(
+    demo_artifact: Path, monkeypatch: pytest.MonkeyPatch, temperatures: list[float]
+) -> None:
     engine = LLM(demo_artifact, num_threads=2, enable_prefix_caching=False).engine
     alone = LLM(demo_artifact, num_threads=2, async_scheduling=False).engine
     num_followed, schedule_again = 0, engine.scheduler.schedule_again
@@ -310,12 +314,45 @@ def test_steps_follow_each_other_by_themselves(demo_artifact: Path, monkeypatch:
     monkeypatch.setattr(engine.scheduler, "schedule_again", counted)
     prompts = [[16 + 7 * i + j for j in range(3 * i + 1)] for i in range(6)]
     for number, prompt in enumerate(prompts):
-        params = SamplingParams(temperature=0.0, max_tokens=60 + number, ignore_eos=True, detokenize=False)
+        params = SamplingParams(
+            temperature=temperatures[number % len(temperatures)],
+            top_p=0.95 if number % 2 else 1.0,
+            top_k=40 if number % 3 else 0,
+            min_tokens=number,  # known for good only from then on
+            max_tokens=60 + number,
+            stop_token_ids=[16 + number],
+            ignore_eos=True,
+            detokenize=False,
+        )
         engine.add_request(str(number), prompt, params)
         alone.add_request(str(number), prompt, params)
     assert tokens_of(list(engine.run_all().values())) == tokens_of(list(alone.run_all().values()))
     assert num_followed > 0
     assert_idle(engine)
+
+
+def test_the_number_of_threads_may_change_while_steps_follow(demo_artifact: Path) -> None:
+    llm = LLM(demo_artifact, num_threads=2)
+    params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True, detokenize=False)
+    expected = told(llm.generate([50, 51], params, use_tqdm=False))
+    stop, num_changes = threading.Event(), 0
+
+    def change() -> None:
+        nonlocal num_changes
+        while not stop.is_set():
+            ops.set_num_threads(2 + num_changes % 2)
+            num_changes += 1
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(5):
+            assert told(llm.generate([50, 51], params, use_tqdm=False)) == expected
+    finally:
+        stop.set()
+        thread.join()
+    assert num_changes > 5
+    assert_idle(llm.engine)
 
 
 def test_whoever_ends_while_a_step_follows_leaves_the_others_whole(engine: Engine) -> None:

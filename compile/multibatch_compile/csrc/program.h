@@ -48,26 +48,31 @@ class Program : public torch::CustomClassHolder {
     return loader_.boxed_run(arguments(inputs));
   }
 
-  // Begins a run and returns. Where no thread is free for it, `finish` runs it.
-  void start(std::vector<at::Tensor> inputs) {
+  // Begins a run and returns. Where no thread is free for it, `finish` runs it. Its tokens are those that `draw_tokens` gives of
+  // its first output with these options and this scale, or the first maxima where there are no options.
+  void start(std::vector<at::Tensor> inputs, std::vector<at::Tensor> draws, double scale) {
     check_is_free();
-    runs_[current_].reset(std::move(inputs));
+    runs_[current_].reset(std::move(inputs), std::move(draws), scale);
     is_started_ = true;
     is_driven_ = ThreadPool::instance().drive(drive_);
   }
 
-  // Has another run begin as soon as the one that was started ends, with its first `num_tokens` maxima as the first of its
+  // Has another run begin as soon as the one that was started ends, with the first `num_tokens` of its tokens as the first of its
   // inputs; unless one of them is among `stops`, or none at all, or the run fails. False where no thread would do it, and where
   // something was withdrawn before: the driver may be reading that.
-  bool follow(std::vector<at::Tensor> inputs, int64_t num_tokens, std::vector<int64_t> stops) {
+  bool follow(std::vector<at::Tensor> inputs, int64_t num_tokens, std::vector<int64_t> stops, std::vector<at::Tensor> draws,
+              double scale) {
     TORCH_CHECK(is_started_, "Program.follow: it was not started");
     const int next = next_.load(std::memory_order_acquire);
     TORCH_CHECK(next != kOffered && next != kBegun, "Program.follow: another run follows already; finish this one first");
     const at::Tensor& ids = inputs.at(0);
     TORCH_CHECK(ids.scalar_type() == at::kLong && ids.is_contiguous() && num_tokens >= 1 && num_tokens <= ids.numel(),
                 "Program.follow: ", num_tokens, " tokens for the first input of ", ids.numel(), "; allowed: int64, 1 to that many");
+    const std::vector<at::Tensor>& drawn = runs_[current_].draws;
+    TORCH_CHECK(drawn.empty() || drawn[0].numel() >= num_tokens, "Program.follow: ", num_tokens, " tokens of a run that draws ",
+                drawn.empty() ? 0 : drawn[0].numel());
     if (!is_driven_ || next == kWithdrawn) return false;
-    runs_[1 - current_].reset(std::move(inputs));
+    runs_[1 - current_].reset(std::move(inputs), std::move(draws), scale);
     num_tokens_ = num_tokens;
     stops_ = std::move(stops);
     std::sort(stops_.begin(), stops_.end());
@@ -78,19 +83,20 @@ class Program : public torch::CustomClassHolder {
   // Takes back what `follow` asked for, unless it has begun. From any thread.
   void withdraw() { decide(kWithdrawn); }
 
-  // Ends the run, the calling thread helping: its outputs, the first maxima of the first of them, how many seconds it took, how many
-  // have passed since, and whether the run that was to follow has begun.
+  // Ends the run, the calling thread helping: its outputs, its tokens, how many seconds it took, how many have passed since, and
+  // whether the run that was to follow has begun.
   std::tuple<std::vector<at::Tensor>, at::Tensor, double, double, bool> finish() {
     TORCH_CHECK(is_started_, "Program.finish: it was not started");
     Run& run = runs_[current_];
     await(run);
     run.inputs.clear();
+    run.draws.clear();
     const bool is_followed = next_.exchange(kNone, std::memory_order_acq_rel) == kBegun;
     is_started_ = is_followed;
     if (is_followed) current_ = 1 - current_;
     if (run.error) std::rethrow_exception(std::exchange(run.error, nullptr));
     const double late = std::chrono::duration<double>(Clock::now() - run.end).count();
-    return {std::move(run.outputs), std::move(run.maxima), run.seconds, late, is_followed};
+    return {std::move(run.outputs), std::move(run.tokens), run.seconds, late, is_followed};
   }
 
   // Ends runs that nobody will finish.
@@ -112,15 +118,19 @@ class Program : public torch::CustomClassHolder {
   static constexpr int kNone = 0, kOffered = 1, kBegun = 2, kWithdrawn = 3;
 
   struct Run {
-    std::vector<at::Tensor> inputs, outputs;
-    at::Tensor maxima;
+    std::vector<at::Tensor> inputs, draws, outputs;
+    double scale = 0;  // of the draws
+    at::Tensor tokens;
     std::exception_ptr error;
     double seconds = 0;
     Clock::time_point end;
     std::atomic<bool> is_done{false};
 
-    void reset(std::vector<at::Tensor> given) {
+    void reset(std::vector<at::Tensor> given, std::vector<at::Tensor> options, double draw_scale) {
+      TORCH_CHECK(options.empty() || options.size() == 5, "Program: ", options.size(), " options of draws; allowed: 5 or none");
       inputs = std::move(given);
+      draws = std::move(options);
+      scale = draw_scale;
       error = nullptr;
       is_done.store(false);
     }
@@ -140,12 +150,19 @@ class Program : public torch::CustomClassHolder {
     const auto begin = Clock::now();
     try {
       run.outputs = loader_.boxed_run(arguments(run.inputs));
-      run.maxima = first_maxima(run.outputs.at(0));
+      run.tokens = tokens_of(run);
     } catch (...) {
       run.error = std::current_exception();
     }
     run.end = Clock::now();
     run.seconds = std::chrono::duration<double>(run.end - begin).count();
+  }
+
+  static at::Tensor tokens_of(const Run& run) {
+    const at::Tensor& logits = run.outputs.at(0);
+    if (run.draws.empty()) return first_maxima(logits);
+    const std::vector<at::Tensor>& d = run.draws;
+    return draw_tokens(logits.narrow(0, 0, d[0].numel()), d[0], d[1], d[2], d[3], d[4], run.scale);
   }
 
   // One run after the other, for as long as each is to be followed. Whoever waits for one is told once it is known whether it is.
@@ -159,8 +176,9 @@ class Program : public torch::CustomClassHolder {
 
   // Gives the run that is to follow its tokens, if there is one and it can have them.
   bool feed(const Run& run, Run& next) {
-    if (run.error || next_.load(std::memory_order_acquire) != kOffered) return false;
-    const int64_t* tokens = run.maxima.const_data_ptr<int64_t>();
+    if (run.error || ThreadPool::instance().is_driver_wanted()) return false;
+    if (next_.load(std::memory_order_acquire) != kOffered) return false;
+    const int64_t* tokens = run.tokens.const_data_ptr<int64_t>();
     const bool can_go_on = std::none_of(tokens, tokens + num_tokens_, [this](int64_t token) {
       return token < 0 || std::binary_search(stops_.begin(), stops_.end(), token);
     });

@@ -109,6 +109,9 @@ class ThreadPool {
     return true;
   }
 
+  // Whether somebody waits for the driver to end, so that it should begin nothing new.
+  bool is_driver_wanted() const { return num_waiting_.load(std::memory_order_relaxed) > 0; }
+
   // Takes tiles of a driven program until it is done.
   void help(const std::atomic<bool>& is_done) {
     helpers_.fetch_add(1, std::memory_order_seq_cst);
@@ -175,11 +178,13 @@ class ThreadPool {
 
   // Waits until nobody drives, and lets nobody begin.
   void become_driver() {
+    num_waiting_.fetch_add(1);
     int nobody = kNobody;
     while (!driving_.compare_exchange_weak(nobody, kTaken, std::memory_order_acq_rel)) {
       nobody = kNobody;
       std::this_thread::yield();
     }
+    num_waiting_.fetch_sub(1);
   }
 
   void wake_sleepers() {
@@ -329,7 +334,7 @@ class ThreadPool {
   std::atomic<int> resting_{0};  // workers that take no tiles, the last ones
   const std::function<void(int64_t)>* job_ = nullptr;
   const std::function<std::atomic<bool>*()>* program_ = nullptr;
-  std::atomic<int> driving_{kNobody}, helpers_{0};
+  std::atomic<int> driving_{kNobody}, num_waiting_{0}, helpers_{0};
   std::atomic<bool> may_rest_{true};  // as the job's tiles are short
   std::vector<Range> ranges_{1};  // of each thread, the caller's first
   std::vector<Fetched> fetched_{1};
