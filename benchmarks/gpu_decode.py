@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -152,11 +153,12 @@ def measure_decode(
     sizes: Sequence[int] = (32, 8, 1),
     context: int = 1024,
     max_seq_len: int = 2048,
+    followed_steps: int = 32,
 ) -> dict[str, Any]:
     """Decode steps of a random bfloat16 model, captured and not, beside the time that reading their bytes takes.
 
     The programs are transformers' own code over our attention, not compiled ones. A step here is inputs on the host to
-    logits on the device; nothing is sampled.
+    logits on the device; "followed" ones are begun one ahead, each with the greedy tokens of the one before, and the host gets those.
     """
     model = random_model("Qwen2", options, torch.bfloat16, machine.device)
     kv, max_blocks = layout_of(model.config), blocks_for(max_seq_len, BLOCK_SIZE)
@@ -179,8 +181,13 @@ def measure_decode(
         uncaptured_ms = 1000 * machine.seconds(
             lambda: programs.run(name, on_device(inputs, machine.device), pool)  # noqa: B023
         )
+        in_turn = tokens_in_turn(captured, name, inputs, pool, followed_steps)
+        start = time.perf_counter()
+        is_right = is_right and followed_tokens(captured, name, inputs, pool, followed_steps) == in_turn
+        followed_ms = 1000 * (time.perf_counter() - start) / followed_steps
         steps[str(size)] = {
             "captured_ms": ms,
+            "followed_ms": followed_ms,
             "uncaptured_ms": uncaptured_ms,
             "limit_ms": limit_ms,
             "share_of_limit": limit_ms / ms,
@@ -190,6 +197,31 @@ def measure_decode(
     records = [dataclasses.asdict(record) for record in captured.sizes]
     is_captured = all(record["state"] == "captured" and record["num_replays"] for record in records)
     return {"ok": is_right and is_captured, "steps": steps, "sizes": records, "memory": memory}
+
+
+def followed_tokens(
+    captured: CapturedPrograms, name: str, inputs: ProgramInputs, pool: KVPool, num_steps: int
+) -> list[list[int]]:
+    """Of steps at one position, each queued before the tokens of the one before are known."""
+    call, found = captured.start(name, inputs, pool), []
+    for step in range(num_steps):
+        if step + 1 < num_steps:
+            call.follow(inputs, inputs.token_ids.shape[1], ())
+        result = call.finish()
+        found.append(result.tokens.tolist())
+        call = result.followed or call
+    return found
+
+
+def tokens_in_turn(
+    captured: CapturedPrograms, name: str, inputs: ProgramInputs, pool: KVPool, num_steps: int
+) -> list[list[int]]:
+    """The same, each step begun when the one before was read."""
+    found: list[list[int]] = []
+    for _ in range(num_steps):
+        found.append(captured.start(name, inputs, pool).finish().tokens.tolist())
+        inputs = dataclasses.replace(inputs, token_ids=torch.tensor([found[-1]]))
+    return found
 
 
 def bound_pool(

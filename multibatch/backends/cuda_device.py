@@ -11,10 +11,29 @@ from typing import Any
 
 import torch
 
+from multibatch.backends.cudagraph import Outputs
 from multibatch.cuda_host import CudaFacts, Gpu
 
 _WARM_UPS = 2
 """Calls before a capture: the first compiles kernels and allocates workspaces, which a capture must not do."""
+
+
+class CudaMark:
+    """See `cudagraph.Mark`."""
+
+    def __init__(self) -> None:
+        """Is recorded now."""
+        self._event = torch.cuda.Event(enable_timing=True)
+        self._event.record()
+
+    def wait(self) -> None:
+        """Blocks this thread alone."""
+        self._event.synchronize()
+
+    def seconds_since(self, earlier: CudaMark) -> float:
+        """By the device's clock."""
+        milliseconds: float = earlier._event.elapsed_time(self._event)
+        return milliseconds / 1000
 
 
 class CudaDevice:
@@ -28,7 +47,15 @@ class CudaDevice:
         """A handle for memory that belongs to graphs alone."""
         return torch.cuda.graph_pool_handle()
 
-    def capture(self, call: Callable[[], torch.Tensor], pool: Any) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
+    def mark(self) -> CudaMark:
+        """An event on the current stream."""
+        return CudaMark()
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Into pinned memory: any other copy waits for the device."""
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor, non_blocking=True)
+
+    def capture(self, call: Callable[[], Outputs], pool: Any) -> tuple[torch.cuda.CUDAGraph, Outputs]:
         """See `cudagraph.GraphDevice.capture`. Nothing else may use the device meanwhile."""
         with torch.cuda.device(self.device):
             stream = torch.cuda.Stream()
@@ -40,13 +67,13 @@ class CudaDevice:
             graph = torch.cuda.CUDAGraph()
             try:
                 with torch.cuda.graph(graph, pool=pool, stream=stream):
-                    output = call()
+                    outputs = call()
             except RuntimeError as error:
                 # Ending a capture that ran out of memory fails too, and with another error.
                 if isinstance(error.__context__, torch.OutOfMemoryError):
                     raise error.__context__ from None
                 raise
-        return graph, output
+        return graph, outputs
 
     def free_memory(self) -> int:
         """Bytes that the driver has left, once all work is done."""

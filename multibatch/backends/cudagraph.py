@@ -1,28 +1,37 @@
 """Decoders captured as graphs: which size is captured, when, and what happens where it cannot be.
 
-Wraps the programs of a backend. A graph replays one decoder on buffers of its own, so a step costs one launch instead of one
-per kernel. Everything that touches a device goes through `GraphDevice`; `cuda_device.py` is the one for CUDA.
+Wraps the programs of a backend. A graph replays one decoder on buffers of its own, the search for the greedy tokens included, so
+a step costs one launch instead of one per kernel. A started call is queued on the device, and so is the call that follows it:
+its tokens go from one to the other without the host. Everything that touches a device goes through `GraphDevice`;
+`cuda_device.py` is the one for CUDA.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, get_args
 
 import torch
 
-from multibatch.backends.base import LoadedPrograms, NeverStarts
+from multibatch.backends.base import CallResult, LoadedPrograms
 from multibatch.backends.static_inputs import StaticInputs
 from multibatch.batch import ProgramInputs, decode_inputs
+from multibatch.device_draws import draw_rows
 from multibatch.errors import ConfigError
 from multibatch.kv.pool import KVPool
+from multibatch.logit_passes import DrawOptions
 from multibatch.manifest import decoder_name
 
 CaptureMode = Literal["eager", "lazy"]
 CaptureState = Literal["pending", "captured", "out_of_memory", "dropped"]
+
+
+Outputs = tuple[torch.Tensor, torch.Tensor]
+"""Logits [R, V], and `LogitPasses.highest` of them, int64[R]."""
 
 
 class Graph(Protocol):
@@ -30,6 +39,18 @@ class Graph(Protocol):
 
     def replay(self) -> None:
         """Repeats it on the same memory, behind what the current stream holds already."""
+        ...
+
+
+class Mark(Protocol):
+    """A place in the device's queue of work."""
+
+    def wait(self) -> None:
+        """Waits until all that was queued before it is done."""
+        ...
+
+    def seconds_since(self, earlier: Any) -> float:
+        """How long the device took from another mark to this one; both were waited for."""
         ...
 
 
@@ -45,8 +66,16 @@ class GraphDevice(Protocol):
         """Memory that several graphs share, as no two of them run at once."""
         ...
 
-    def capture(self, call: Callable[[], torch.Tensor], pool: Any) -> tuple[Graph, torch.Tensor]:
-        """Runs `call` until it is warm, captures it, and returns the graph and the tensor that each replay fills.
+    def mark(self) -> Mark:
+        """Marks the end of what is queued now."""
+        ...
+
+    def to_host(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Queues a copy to the host; it may be read once a later mark was waited for."""
+        ...
+
+    def capture(self, call: Callable[[], Outputs], pool: Any) -> tuple[Graph, Outputs]:
+        """Runs `call` until it is warm, captures it, and returns the graph and the tensors that each replay fills.
 
         Raises:
             torch.OutOfMemoryError: there is too little memory; nothing of the capture is left but unused memory.
@@ -81,10 +110,22 @@ class CapturedSize:
 class _CapturedDecoder:
     graph: Graph
     static: StaticInputs
-    logits: torch.Tensor
+    outputs: Outputs
 
 
-class CapturedPrograms(NeverStarts):
+@dataclass(frozen=True, slots=True)
+class _Fed:
+    """Tokens of the call before, on the device; the first `num_rows` are those of the next one."""
+
+    tokens: torch.Tensor
+    num_rows: int
+
+    def write(self, token_ids: torch.Tensor) -> None:
+        """Into int64[1, T]. A row without a token gets 0: it ends, and nobody reads what it gives."""
+        token_ids[0, : self.num_rows] = self.tokens[: self.num_rows].clamp(min=0)
+
+
+class CapturedPrograms:
     """`LoadedPrograms` whose decoders are replayed where they are captured; prefill and step programs run as they are.
 
     Sizes are captured largest first, so that smaller ones find room in what the largest took. A size that cannot be
@@ -118,7 +159,10 @@ class CapturedPrograms(NeverStarts):
         """
         if capture not in get_args(CaptureMode):
             raise ConfigError(f"capture is {capture!r}; allowed: {', '.join(get_args(CaptureMode))}")
-        self.passes, self.own_threads = programs.passes, programs.own_threads
+        # Row by row would wait for the device at each of them.
+        draw_tokens = programs.passes.draw_tokens or draw_rows
+        self.passes = dataclasses.replace(programs.passes, draw_tokens=draw_tokens)
+        self.own_threads = programs.own_threads
         self._programs, self._device, self._clock = programs, device, clock
         self._max_blocks, self._block_size, self._capture_mode = max_blocks, block_size, capture
         self._records = {size: CapturedSize(size) for size in sorted(sizes, reverse=True)}
@@ -190,21 +234,62 @@ class CapturedPrograms(NeverStarts):
 
     def run(self, program: str, inputs: ProgramInputs, pool: KVPool) -> torch.Tensor:
         """See `base.LoadedPrograms.run`. The inputs are on the host; the logits are on the device, the caller's own."""
+        return self._queue(program, inputs, pool)[0]
+
+    @property
+    def can_start(self) -> bool:
+        """See `base.LoadedPrograms.can_start`."""
+        return True
+
+    def start(self, program: str, inputs: ProgramInputs, pool: KVPool, draws: DrawOptions | None = None) -> QueuedCall:
+        """See `base.LoadedPrograms.start`."""
+        return self._begin(program, inputs, pool, draws)
+
+    def settle(self) -> None:
+        """See `base.LoadedPrograms.settle`."""
+        self._device.mark().wait()
+
+    def _begin(
+        self, program: str, inputs: ProgramInputs, pool: KVPool, draws: DrawOptions | None, fed: _Fed | None = None
+    ) -> QueuedCall:
+        begin = self._device.mark()
+        logits, tokens = self._queue(program, inputs, pool, fed)
+        if draws is not None:
+            assert self.passes.draw_tokens is not None
+            tokens = self.passes.draw_tokens(logits[: len(draws.temperature)], draws)
+        on_host = self._device.to_host(tokens)
+
+        def follow(next_inputs: ProgramInputs, num_rows: int, next_draws: DrawOptions | None) -> QueuedCall:
+            return self._begin(program, next_inputs, pool, next_draws, _Fed(tokens, num_rows))
+
+        return QueuedCall(logits, on_host, begin, self._device.mark(), follow)
+
+    def _queue(self, program: str, inputs: ProgramInputs, pool: KVPool, fed: _Fed | None = None) -> Outputs:
+        """Queues a call; its outputs are the caller's own."""
         size = self._sizes.get(program)
-        if size is None:
-            return self._programs.run(program, self._moved(inputs), pool)
-        record = self._records[size]
-        if record.state == "pending" and record.num_uncaptured and pool is self._kv:
+        record = None if size is None else self._records[size]
+        if record is not None and record.state == "pending" and record.num_uncaptured and pool is self._kv:
             self._capture(record)
-        captured = self._captured.get(size)
-        if captured is None or pool is not self._kv:
-            record.num_uncaptured += 1
-            return self._programs.run(program, self._moved(inputs), pool)
+        captured = None if size is None or pool is not self._kv else self._captured.get(size)
+        if record is None or captured is None:
+            if record is not None:
+                record.num_uncaptured += 1
+            moved = ProgramInputs(*(tensor.to(self._device.device) for tensor in inputs.tensors()))
+            if fed is not None:
+                fed.write(moved.token_ids)
+            return self._outputs_of(program, moved, pool)
         captured.static.fill(inputs)
+        if fed is not None:
+            fed.write(captured.static.inputs.token_ids)
         captured.graph.replay()
         record.num_replays += 1
         # A step may replay one size twice, and the next step replays it again.
-        return captured.logits.clone()
+        logits, highest = captured.outputs
+        return logits.clone(), highest.clone()
+
+    def _outputs_of(self, program: str, inputs: ProgramInputs, pool: KVPool) -> Outputs:
+        logits = self._programs.run(program, inputs, pool)
+        return logits, self.passes.highest(logits)
 
     def _capture(self, record: CapturedSize) -> None:
         size, pool = record.batch_size, self._kv
@@ -217,8 +302,8 @@ class CapturedPrograms(NeverStarts):
             # Rows of padding: the warm-up writes to the scratch block and to nothing that a sequence holds.
             padding = decode_inputs((), size, self._max_blocks, self._block_size)
             static = StaticInputs(padding, self._device.device)
-            graph, logits = self._device.capture(
-                lambda: self._programs.run(decoder_name(size), static.inputs, pool), self._graph_pool
+            graph, outputs = self._device.capture(
+                lambda: self._outputs_of(decoder_name(size), static.inputs, pool), self._graph_pool
             )
         except torch.OutOfMemoryError:
             self._device.release()
@@ -231,7 +316,43 @@ class CapturedPrograms(NeverStarts):
             return
         record.state, record.seconds = "captured", self._clock() - start
         record.num_bytes = max(0, free - self._device.free_memory())
-        self._captured[size] = _CapturedDecoder(graph, static, logits)
+        self._captured[size] = _CapturedDecoder(graph, static, outputs)
 
-    def _moved(self, inputs: ProgramInputs) -> ProgramInputs:
-        return ProgramInputs(*(tensor.to(self._device.device) for tensor in inputs.tensors()))
+
+class QueuedCall:
+    """`base.StartedCall` on a device: the call that follows is queued at once, whatever the tokens of this one are."""
+
+    def __init__(
+        self,
+        logits: torch.Tensor,
+        tokens: torch.Tensor,
+        begin: Mark,
+        end: Mark,
+        follow: Callable[[ProgramInputs, int, DrawOptions | None], QueuedCall],
+    ) -> None:
+        """Joins what was queued.
+
+        Args:
+            logits: of the call, on the device.
+            tokens: of the call, on the host once `end` was waited for.
+            begin: before the call.
+            end: behind its copy of the tokens.
+            follow: queues the next call.
+        """
+        self._logits, self._tokens, self._begin, self._end, self._follow = logits, tokens, begin, end, follow
+        self._followed: QueuedCall | None = None
+
+    def follow(
+        self, inputs: ProgramInputs, num_rows: int, stop_token_ids: Sequence[int], draws: DrawOptions | None = None
+    ) -> bool:
+        """See `base.StartedCall.follow`; begins at once."""
+        self._followed = self._follow(inputs, num_rows, draws)
+        return True
+
+    def withdraw(self) -> None:
+        """See `base.StartedCall.withdraw`; what was to follow has begun."""
+
+    def finish(self) -> CallResult:
+        """See `base.StartedCall.finish`. How late it is the host cannot tell."""
+        self._end.wait()
+        return CallResult(self._logits, self._tokens, self._end.seconds_since(self._begin), 0.0, self._followed)

@@ -78,11 +78,14 @@ def test_architectures_are_checked(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_decode_is_captured_and_measured(machine: Machine) -> None:
     options = gpu_decode.TINY | {"tie_word_embeddings": True}
-    result = gpu_decode.measure_decode(machine, 1.0, options, sizes=(2, 1), context=20, max_seq_len=64)
+    result = gpu_decode.measure_decode(
+        machine, 1.0, options, sizes=(2, 1), context=20, max_seq_len=64, followed_steps=2
+    )
     assert result["ok"], result
     assert [(r["batch_size"], r["state"]) for r in result["sizes"]] == [(2, "captured"), (1, "captured")]
     two = result["steps"]["2"]
     assert two["captured_ms"] == two["uncaptured_ms"] == 1000.0
+    assert two["followed_ms"] > 0
     kv_bytes = 2 * 20 * 2 * 2 * 2 * 16 * 2  # rows, positions, layers, keys and values, heads, dimensions, bytes
     weights = 160 * 64 + 2 * (64 * (64 + 2 * 32) + 64 + 2 * 32 + 64 * 64 + 3 * 64 * 96 + 2 * 64) + 64
     assert two["limit_ms"] == pytest.approx((2 * weights + kv_bytes) / 1e6)
@@ -96,6 +99,8 @@ def test_a_size_without_memory_fails_the_check(machine: Machine) -> None:
     short = replace(machine, graphs=PretendedDevice(bytes_of=lambda rows: 100 if rows == 1 else 2 * 10**9))
     options = gpu_decode.TINY | {"num_hidden_layers": 1}
     with pytest.warns(UserWarning, match="batch size 2 is not captured"):
-        result = gpu_decode.measure_decode(short, 1.0, options, sizes=(2, 1), context=5, max_seq_len=32)
+        result = gpu_decode.measure_decode(
+            short, 1.0, options, sizes=(2, 1), context=5, max_seq_len=32, followed_steps=2
+        )
     assert not result["ok"]
-    assert [(r["state"], r["num_replays"]) for r in result["sizes"]] == [("out_of_memory", 0), ("captured", 5)]
+    assert [(r["state"], r["num_replays"]) for r in result["sizes"]] == [("out_of_memory", 0), ("captured", 9)]

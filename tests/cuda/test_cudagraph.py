@@ -18,12 +18,14 @@ from multibatch.backends.flat_model import COMPILED_ATTENTION, FlatDecoder
 from multibatch.backends.static_inputs import StaticInputs
 from multibatch.batch import DecodeRow, ProgramInputs, decode_inputs, prefill_inputs
 from multibatch.config import EngineConfig
+from multibatch.draws import draw, draw_options
 from multibatch.engine import Engine
 from multibatch.errors import ConfigError
 from multibatch.kv.pool import KVPool
 from multibatch.logit_passes import LogitPasses
 from multibatch.manifest import KVLayer, KVLayout, decoder_name
 from multibatch.sampling_params import SamplingParams
+from multibatch.sampling_row import SamplingRow
 from multibatch_compile.verify import chunk_of
 from tests.cuda.pretended_device import PretendedDevice
 
@@ -271,8 +273,62 @@ def test_a_models_decode_step_waits_for_no_value(name: str) -> None:
     assert logits.shape == (4, gpu_decode.TINY["vocab_size"])
 
 
+@pytest.mark.parametrize("is_bound", [True, False])
+def test_a_call_that_follows_has_its_tokens_from_the_device(is_bound: bool) -> None:
+    bench = Bench()
+    if is_bound:
+        bench.programs.bind(bench.kv)
+    call = bench.programs.start(decoder_name(2), decode([5, 7], 2), bench.kv)
+    assert call.follow(decode([0, 0], 2, position=1), 2, [VOCABULARY - 1])  # nobody on the host knows of that token
+    call.withdraw()
+    result = call.finish()
+    assert result.tokens.tolist() == [VOCABULARY - 1] * 2
+    assert result.logits[:, 1].tolist() == [5.0, 7.0]  # though the next call ran already
+    assert result.seconds == 1.0
+    assert result.followed is not None
+    assert result.followed.finish().logits[:, 1].tolist() == [5.0 + VOCABULARY - 1, 7.0 + VOCABULARY - 1]
+    alone = bench.programs.start(decoder_name(1), decode([3], 1), bench.kv).finish()
+    assert (alone.logits[0, 1].item(), alone.followed) == (3.0, None)
+    bench.programs.settle()
+
+
+def test_a_row_without_a_token_is_followed_by_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench()
+    bench.programs.bind(bench.kv)
+    run = bench.inner.run
+
+    def spoilt(program: str, inputs: ProgramInputs, pool: KVPool) -> torch.Tensor:
+        logits = run(program, inputs, pool)
+        logits[0] += torch.where(inputs.token_ids[0, 0] == 9, torch.nan, 0.0)
+        return logits
+
+    monkeypatch.setattr(bench.inner, "run", spoilt)
+    call = bench.programs.start(decoder_name(2), decode([9, 7], 2), bench.kv)
+    call.follow(decode([0, 0], 2, position=1), 2, [])
+    result = call.finish()
+    assert result.tokens.tolist() == [-1, VOCABULARY - 1]
+    assert result.followed is not None
+    assert result.followed.finish().logits[:, 1].tolist() == [9.0 + 0, 7.0 + VOCABULARY - 1]
+
+
+def test_tokens_are_drawn_on_the_device() -> None:
+    bench = Bench()
+    bench.programs.bind(bench.kv)
+    rows = [SamplingRow(params=SamplingParams(temperature=2.0), seed=s, position=s) for s in range(2)]
+    draws = draw_options(rows, VOCABULARY)
+    seen = set()
+    for position in range(BLOCK_SIZE):
+        result = bench.programs.start(decoder_name(4), decode([1, 1], 4, position), bench.kv, draws).finish()
+        assert result.tokens.tolist() == draw(result.logits[:2], rows, LogitPasses())
+        seen |= set(result.tokens.tolist())
+    assert len(seen) > 1
+
+
 @pytest.mark.parametrize("capture", ["eager", "lazy"])
-def test_an_engine_over_captured_decoders_answers_the_same(eager_artifact: Path, capture: str) -> None:
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_an_engine_over_captured_decoders_answers_the_same(
+    eager_artifact: Path, capture: str, temperature: float
+) -> None:
     artifact = Artifact.open(eager_artifact)
     manifest, config = artifact.manifest, EngineConfig(selector_policy="nearest")
     inner, device = EagerPrograms.load(artifact), PretendedDevice()
@@ -286,19 +342,19 @@ def test_an_engine_over_captured_decoders_answers_the_same(eager_artifact: Path,
     )
     engine = Engine(artifact, config, captured)
     captured.bind(engine.pool)
-    answers = [tokens_of(engine), tokens_of(Engine(artifact, config, inner))]
+    answers = [tokens_of(engine, temperature), tokens_of(Engine(artifact, config, inner), temperature)]
     assert answers[0] == answers[1]
+    assert not engine.is_ahead
+    assert engine.kv_cache_usage == 0
     assert all(record.num_replays > 0 for record in captured.sizes)
     assert sum(record.num_uncaptured for record in captured.sizes) == (0 if capture == "eager" else 2)
 
 
-def tokens_of(engine: Engine) -> dict[str, list[int]]:
-    # Three rows run on size 4, and the last to end runs alone on size 1.
+def tokens_of(engine: Engine, temperature: float) -> dict[str, list[int]]:
+    # Three rows run on size 4, and the last to end runs alone on size 1. One of them may end by a token.
     for index, length in enumerate((4, 6, 12)):
-        params = SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True, detokenize=False)
+        params = SamplingParams(
+            temperature=temperature, max_tokens=length, ignore_eos=index != 1, detokenize=False, top_p=0.9
+        )
         engine.add_request(str(index), list(range(5 + index, 25)), params)
-    tokens: dict[str, list[int]] = {}
-    while engine.has_unfinished:
-        for output in engine.step():
-            tokens[output.request_id] = list(output.outputs[0].token_ids)
-    return tokens
+    return {name: list(output.outputs[0].token_ids) for name, output in engine.run_all().items()}
