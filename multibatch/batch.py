@@ -99,13 +99,13 @@ class InputBuffers:
     ) -> ProgramInputs:
         """As the function, of each sequence's `decode_row`. Where they are those of the latest call, tokens on, only these are written."""
         preemptions = [sequence.num_preemptions for sequence in sequences]
-        inputs = None
-        if sequences == self._rows and preemptions == self._preemptions:
-            inputs = self._advanced(sequences, batch_size, block_size, ahead)
+        is_same = sequences == self._rows and preemptions == self._preemptions
+        self._rows = ()  # where the writing is interrupted all is written the next time
+        inputs = self._advanced(sequences, batch_size, block_size, ahead) if is_same else None
         if inputs is None:
             rows = [decode_row(sequence, ahead) for sequence in sequences]
             inputs = self._written(*_flattened_rows(rows, batch_size, max_blocks, block_size))
-            self._rows, self._preemptions = sequences, preemptions
+        self._rows, self._preemptions = sequences, preemptions
         return inputs
 
     def _advanced(

@@ -197,6 +197,7 @@ class Engine:
         """
         launch = self._ahead
         if launch is None:
+            self._programs.settle()  # a step that followed one whose end was interrupted
             if arrivals is not None:
                 arrivals()
             launch = self._launch(starts=False)
@@ -284,8 +285,11 @@ class Engine:
             return
         sequences = launch.step.decode
         stops = {token for sequence in sequences for token in sequence.request.ending_token_ids}
-        if self.runner.follow(launch.started, sequences, list(stops), self._sampler.draws(rows)):
-            launch.next_rows = rows
+        try:
+            if self.runner.follow(launch.started, sequences, list(stops), self._sampler.draws(rows)):
+                launch.next_rows = rows
+        except torch.OutOfMemoryError:  # on a device; it is told where the step is begun and still finds no room
+            return
 
     def _may_follow(self, step: ScheduledStep) -> bool:
         """Whether the rows of a step may be decoded again before anybody has seen its tokens."""
@@ -311,12 +315,13 @@ class Engine:
         self.scheduler.update(step, sampled.token_ids)
         now = time.monotonic()
         # What passed between its end and this is none of the step's time.
-        ended = now if launch.started is None else launch.started.ended
-        ms = (ended - launch.begin + now - max(ended, landing)) * 1000
+        started = launch.started
+        ended, idle = (now, 0.0) if started is None else (started.ended, started.idle_seconds)
+        ms = (ended - launch.begin - idle + now - max(ended, landing)) * 1000
         self.scheduler.step_done(step, ms)
         self._see_to_next(launch, ended, arrivals)
-        if launch.started is not None:
-            self.runner.record(launch.started)
+        if started is not None:
+            self.runner.record(started)
         self.stats.iteration_tokens.observe(step.num_prefill_tokens + len(step.decode))
         if predicted is not None:
             self._compare(step, predicted, ms)

@@ -118,6 +118,7 @@ class Runner:
         started.ended = time.monotonic() - result.late_seconds
         started.seconds = result.seconds
         if started.others:
+            started.idle_seconds = result.late_seconds
             parts = [first.strip(result.logits), *map(self._run, started.others)]
             started.ended = time.monotonic()
             return StepResult(self._joined(parts), None, None)
@@ -246,6 +247,8 @@ class StartedStep:
     """Then: how long its first call took."""
     ended: float = 0.0
     """Then: when it ended, of `time.monotonic`, whenever that was noticed."""
+    idle_seconds: float = 0.0
+    """Then: before its end, between the first call and the others."""
 
     @property
     def is_finished(self) -> bool:

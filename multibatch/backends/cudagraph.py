@@ -8,6 +8,7 @@ its tokens go from one to the other without the host. Everything that touches a 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 import warnings
@@ -18,7 +19,7 @@ from typing import Any, Literal, Protocol, get_args
 import torch
 
 from multibatch.backends.base import CallResult, LoadedPrograms
-from multibatch.backends.static_inputs import StaticInputs
+from multibatch.backends.static_inputs import StaticInputs, staged_for
 from multibatch.batch import ProgramInputs, decode_inputs
 from multibatch.device_draws import draw_rows
 from multibatch.errors import ConfigError
@@ -123,6 +124,19 @@ class _Fed:
     def write(self, token_ids: torch.Tensor) -> None:
         """Into int64[1, T]. A row without a token gets 0: it ends, and nobody reads what it gives."""
         token_ids[0, : self.num_rows] = self.tokens[: self.num_rows].clamp(min=0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    """Calls that follow each other, the first on an idle device: so its clock and the host's are read at one moment."""
+
+    begin: Mark
+    begun: float
+    """By the host's clock, seconds."""
+
+    def seconds_past(self, mark: Mark, now: float) -> float:
+        """Since the device came to a mark that was waited for."""
+        return max(0.0, now - self.begun - mark.seconds_since(self.begin))
 
 
 class CapturedPrograms:
@@ -247,12 +261,20 @@ class CapturedPrograms:
 
     def settle(self) -> None:
         """See `base.LoadedPrograms.settle`."""
-        self._device.mark().wait()
+        with contextlib.suppress(RuntimeError):  # an error of the device was told by the call that met it
+            self._device.mark().wait()
 
     def _begin(
-        self, program: str, inputs: ProgramInputs, pool: KVPool, draws: DrawOptions | None, fed: _Fed | None = None
+        self,
+        program: str,
+        inputs: ProgramInputs,
+        pool: KVPool,
+        draws: DrawOptions | None,
+        fed: _Fed | None = None,
+        chain: _Chain | None = None,
     ) -> QueuedCall:
         begin = self._device.mark()
+        chain = chain or _Chain(begin, self._clock())
         logits, tokens = self._queue(program, inputs, pool, fed)
         if draws is not None:
             assert self.passes.draw_tokens is not None
@@ -260,9 +282,10 @@ class CapturedPrograms:
         on_host = self._device.to_host(tokens)
 
         def follow(next_inputs: ProgramInputs, num_rows: int, next_draws: DrawOptions | None) -> QueuedCall:
-            return self._begin(program, next_inputs, pool, next_draws, _Fed(tokens, num_rows))
+            return self._begin(program, next_inputs, pool, next_draws, _Fed(tokens, num_rows), chain)
 
-        return QueuedCall(logits, on_host, begin, self._device.mark(), follow)
+        end = self._device.mark()
+        return QueuedCall(logits, on_host, begin, end, follow, lambda: chain.seconds_past(end, self._clock()))
 
     def _queue(self, program: str, inputs: ProgramInputs, pool: KVPool, fed: _Fed | None = None) -> Outputs:
         """Queues a call; its outputs are the caller's own."""
@@ -274,7 +297,8 @@ class CapturedPrograms:
         if record is None or captured is None:
             if record is not None:
                 record.num_uncaptured += 1
-            moved = ProgramInputs(*(tensor.to(self._device.device) for tensor in inputs.tensors()))
+            to = self._device.device
+            moved = ProgramInputs(*(staged_for(t, to).to(to, non_blocking=True) for t in inputs.tensors()))
             if fed is not None:
                 fed.write(moved.token_ids)
             return self._outputs_of(program, moved, pool)
@@ -329,6 +353,7 @@ class QueuedCall:
         begin: Mark,
         end: Mark,
         follow: Callable[[ProgramInputs, int, DrawOptions | None], QueuedCall],
+        seconds_past: Callable[[], float],
     ) -> None:
         """Joins what was queued.
 
@@ -338,7 +363,9 @@ class QueuedCall:
             begin: before the call.
             end: behind its copy of the tokens.
             follow: queues the next call.
+            seconds_past: since `end`, once it was waited for.
         """
+        self._seconds_past = seconds_past
         self._logits, self._tokens, self._begin, self._end, self._follow = logits, tokens, begin, end, follow
         self._followed: QueuedCall | None = None
 
@@ -353,6 +380,7 @@ class QueuedCall:
         """See `base.StartedCall.withdraw`; what was to follow has begun."""
 
     def finish(self) -> CallResult:
-        """See `base.StartedCall.finish`. How late it is the host cannot tell."""
+        """See `base.StartedCall.finish`."""
         self._end.wait()
-        return CallResult(self._logits, self._tokens, self._end.seconds_since(self._begin), 0.0, self._followed)
+        seconds, late_seconds = self._end.seconds_since(self._begin), self._seconds_past()
+        return CallResult(self._logits, self._tokens, seconds, late_seconds, self._followed)

@@ -125,8 +125,7 @@ class InductorPrograms:
         started = self._programs[program]
         if not can_start(started):
             raise NotImplementedError("the artifact's operator library cannot start programs")
-        self._bound(program, started, pool).start(inputs.tensors(), *_given(draws))
-        return _Started(started)
+        return _Started(started, self._bound(program, started, pool).start(inputs.tensors(), *_given(draws)))
 
     def settle(self) -> None:
         """See `base.LoadedPrograms.settle`."""
@@ -145,6 +144,7 @@ class InductorPrograms:
 @dataclass(frozen=True, slots=True)
 class _Started:
     program: StartableProgram
+    number: int
 
     def follow(
         self, inputs: ProgramInputs, num_rows: int, stop_token_ids: Sequence[int], draws: DrawOptions | None = None
@@ -158,8 +158,9 @@ class _Started:
 
     def finish(self) -> CallResult:
         """See `base.StartedCall.finish`."""
-        outputs, tokens, seconds, late_seconds, is_followed = self.program.finish()
-        return CallResult(outputs[0], tokens, seconds, late_seconds, self if is_followed else None)
+        outputs, tokens, seconds, late_seconds, is_followed = self.program.finish(self.number)
+        followed = _Started(self.program, self.number + 1) if is_followed else None
+        return CallResult(outputs[0], tokens, seconds, late_seconds, followed)
 
 
 def _given(draws: DrawOptions | None) -> tuple[list[torch.Tensor], float]:

@@ -32,8 +32,11 @@ class StartableProgram(Program, Protocol):
         """What every call gets behind its inputs from now on."""
         ...
 
-    def start(self, inputs: list[torch.Tensor], draws: list[torch.Tensor], scale: float) -> None:
-        """Begins a run; at most one at a time. Its tokens are `draw_tokens` of its first output, without draws `first_maxima`."""
+    def start(self, inputs: list[torch.Tensor], draws: list[torch.Tensor], scale: float) -> int:
+        """Begins a run, at most one at a time, and gives its number; the run that follows it has the next one.
+
+        Its tokens are `draw_tokens` of its first output, without draws `first_maxima`.
+        """
         ...
 
     def follow(
@@ -49,8 +52,8 @@ class StartableProgram(Program, Protocol):
         """Takes back what `follow` asked for, unless it has begun. From any thread."""
         ...
 
-    def finish(self) -> tuple[list[torch.Tensor], torch.Tensor, float, float, bool]:
-        """Ends the run, the calling thread helping.
+    def finish(self, number: int) -> tuple[list[torch.Tensor], torch.Tensor, float, float, bool]:
+        """Ends the run of this number, the calling thread helping; once.
 
         Its outputs, its tokens, how many seconds it took and how many have passed since, and whether the
         run that was to follow has begun.

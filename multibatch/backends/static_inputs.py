@@ -25,7 +25,15 @@ class StaticInputs:
             assert staged.shape == tensor.shape
             staged.copy_(tensor)
         for host, device in zip(self._host, self._device, strict=True):
-            device.copy_(host)
+            device.copy_(staged_for(host, device.device), non_blocking=True)
+
+
+def staged_for(host: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What a copy to the device may read later: on a GPU a pinned copy, which PyTorch keeps until it was read.
+
+    Any other copy waits until the GPU has done all that was queued before.
+    """
+    return host.pin_memory() if device.type == "cuda" else host
 
 
 def _buffers(example: ProgramInputs, device: torch.device) -> tuple[list[torch.Tensor], ProgramInputs]:

@@ -146,9 +146,13 @@ def test_two_calls_at_once_are_refused_and_one_that_is_forgotten_ends(demo_artif
     assert torch.equal(call.finish().logits, expected)
     with pytest.raises(RuntimeError, match="not started"):
         call.finish()
-    loaded.start(name, inputs, pool)
+    forgotten = loaded.start(name, inputs, pool)
     loaded.settle()
     assert torch.equal(loaded.run(name, inputs, pool), expected)
+    call = loaded.start(name, inputs, pool)
+    with pytest.raises(RuntimeError, match="not started, or is finished"):
+        forgotten.finish()
+    call.finish()
     loaded.start(name, inputs, pool)
     del loaded, call  # waits for it, as its weights go with it
     again, name, _ = started(demo_artifact, 2)
@@ -301,6 +305,8 @@ def test_calls_that_follow_and_are_forgotten_end(demo_artifact: Path) -> None:
         if call.finish().followed is not None:
             with pytest.raises(RuntimeError, match="finish it first"):
                 loaded.run(name, inputs, pool)
+            with pytest.raises(RuntimeError, match="not started, or is finished"):
+                call.finish()  # it would get what the next one gives
         loaded.settle()
         assert torch.equal(loaded.run(name, inputs, pool), expected)
     loaded.start(name, inputs, pool).follow(behind(inputs), 1, [])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import pytest
 
 from multibatch import LLM, SamplingParams, ops
 from multibatch.artifact import Artifact
+from multibatch.backends.base import CallResult
 from multibatch.config import EngineConfig
 from multibatch.engine import Engine
 from multibatch.errors import ConfigError, RequestError, StepError
@@ -20,7 +22,7 @@ from multibatch.request import RequestOutput
 from multibatch.sampling_params import RequestOutputKind
 from multibatch.scheduled_step import ScheduledStep
 from multibatch.structured_outputs import StructuredOutputsParams
-from tests.e2e.pretended_programs import PretendedPrograms, continuation, pretended_engine
+from tests.e2e.pretended_programs import PretendedCall, PretendedPrograms, continuation, pretended_engine
 
 LONG = SamplingParams(temperature=0.0, max_tokens=40, ignore_eos=True, detokenize=False)
 
@@ -152,6 +154,59 @@ def test_an_interrupted_launch_leaves_nothing_behind(demo_artifact: Path, monkey
     assert calls == 1
     assert_idle(llm.engine)
     assert told(llm.generate([50, 51], LONG, use_tqdm=False)) == expected
+
+
+def test_an_interrupt_behind_a_step_does_not_shift_the_tokens(
+    demo_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(demo_artifact, num_threads=2)
+    expected = told(llm.generate([50, 51], LONG, use_tqdm=False))
+    engine, finish = llm.engine, llm.engine.runner._finish
+
+    def interrupted(started: Any) -> Any:
+        finish(started)
+        raise KeyboardInterrupt
+
+    for _ in range(20):
+        engine.add_request("a", [50, 51], LONG)
+        for _ in range(3):
+            engine.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.runner, "_finish", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.step()
+        engine.failure = None
+        (output,) = engine.step()  # fails, rather than to take the tokens of the step behind
+        assert output.outputs[0].finish_reason == "error"
+        assert "is finished" in str(engine.failure)
+        assert_idle(engine)
+    assert told(llm.generate([50, 51], LONG, use_tqdm=False)) == expected
+
+
+def test_a_pause_before_the_other_calls_of_a_step_is_none_of_its_time(
+    eager_artifact: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, found = [100.0], []
+    monkeypatch.setattr(PretendedPrograms, "can_start", True)
+    monkeypatch.setattr("multibatch.engine.time.monotonic", lambda: clock[0])
+    engine, programs = pretended_engine(eager_artifact, selector_policy="one_by_one")
+    monkeypatch.setattr(engine.scheduler, "step_done", lambda _, ms: found.append(ms))
+    finish = PretendedCall.finish
+
+    def late(call: PretendedCall) -> CallResult:
+        return dataclasses.replace(finish(call), late_seconds=1000.0)
+
+    def tick() -> None:
+        clock[0] += 1.0
+
+    monkeypatch.setattr(PretendedCall, "finish", late)
+    for name in "ab":
+        engine.add_request(name, [5], LONG)
+    engine.step()
+    clock[0] += 1000.0
+    programs.on_call = tick
+    engine.step()
+    assert found[1] == 2000.0  # two calls
 
 
 def test_an_output_that_ended_is_told_once(eager_artifact: Path, monkeypatch: pytest.MonkeyPatch) -> None:

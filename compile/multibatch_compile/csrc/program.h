@@ -49,12 +49,14 @@ class Program : public torch::CustomClassHolder {
   }
 
   // Begins a run and returns. Where no thread is free for it, `finish` runs it. Its tokens are those that `draw_tokens` gives of
-  // its first output with these options and this scale, or the first maxima where there are no options.
-  void start(std::vector<at::Tensor> inputs, std::vector<at::Tensor> draws, double scale) {
+  // its first output with these options and this scale, or the first maxima where there are no options. Gives the run's number;
+  // the run that follows it has the next one.
+  int64_t start(std::vector<at::Tensor> inputs, std::vector<at::Tensor> draws, double scale) {
     check_is_free();
     runs_[current_].reset(std::move(inputs), std::move(draws), scale);
     is_started_ = true;
     is_driven_ = ThreadPool::instance().drive(drive_);
+    return number_;
   }
 
   // Has another run begin as soon as the one that was started ends, with the first `num_tokens` of its tokens as the first of its
@@ -84,15 +86,16 @@ class Program : public torch::CustomClassHolder {
   void withdraw() { decide(kWithdrawn); }
 
   // Ends the run, the calling thread helping: its outputs, its tokens, how many seconds it took, how many have passed since, and
-  // whether the run that was to follow has begun.
-  std::tuple<std::vector<at::Tensor>, at::Tensor, double, double, bool> finish() {
-    TORCH_CHECK(is_started_, "Program.finish: it was not started");
+  // whether the run that was to follow has begun. A run is finished once: who was interrupted in it must not get the next one's.
+  std::tuple<std::vector<at::Tensor>, at::Tensor, double, double, bool> finish(int64_t number) {
+    TORCH_CHECK(is_started_ && number == number_, "Program.finish: run ", number, " was not started, or is finished");
     Run& run = runs_[current_];
     await(run);
     run.inputs.clear();
     run.draws.clear();
     const bool is_followed = next_.exchange(kNone, std::memory_order_acq_rel) == kBegun;
     is_started_ = is_followed;
+    ++number_;
     if (is_followed) current_ = 1 - current_;
     if (run.error) std::rethrow_exception(std::exchange(run.error, nullptr));
     const double late = std::chrono::duration<double>(Clock::now() - run.end).count();
@@ -107,6 +110,7 @@ class Program : public torch::CustomClassHolder {
       if (next_.load(std::memory_order_acquire) == kBegun) await(runs_[1 - current_]);
     }
     next_.store(kNone);
+    if (is_started_) number_ += 2;
     is_started_ = false;
   }
 
@@ -211,6 +215,7 @@ class Program : public torch::CustomClassHolder {
   int64_t num_tokens_ = 0;
   std::vector<int64_t> stops_;
   int current_ = 0;  // the run that `finish` ends
+  int64_t number_ = 0;  // of that run
   bool is_started_ = false, is_driven_ = false;
 };
 
