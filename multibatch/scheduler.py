@@ -220,8 +220,10 @@ class Scheduler:
         if sequence.is_finished:
             return
         if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            # Of all but the newest token, whatever it has reserved.
+            num_blocks = blocks_for(sequence.num_tokens - 1, self._config.block_size)
             for limit in self._policies.limits:
-                limit.sequence_done(len(sequence.block_ids))
+                limit.sequence_done(num_blocks)
         self._queues.remove(sequence)
         self._release(sequence)
 

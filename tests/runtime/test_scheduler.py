@@ -616,3 +616,29 @@ def test_a_step_is_followed_while_others_wait_for_a_place() -> None:
     step = scheduler.schedule()
     assert len(scheduler.waiting) == 2
     assert scheduler.reserve_again(step)
+
+
+def test_a_block_that_was_reserved_and_not_filled_is_none_of_a_sequences_size() -> None:
+    heard: list[int] = []
+
+    class Listening:
+        def limit(self, load: Load) -> int:
+            return 4
+
+        def step_done(self, num_decoding: int, ms: float) -> None:
+            """Not asked."""
+
+        def sequence_done(self, num_blocks: int) -> None:
+            heard.append(num_blocks)
+
+    sequence = make_sequence("a", num_prompt=6, params=SamplingParams(max_tokens=8, stop_token_ids=[9]))
+    scheduler = Scheduler(CONFIG, BlockAllocator(64), policies=Policies(limits=(Listening(),)))
+    scheduler.add(sequence)
+    run_step(scheduler)
+    run_step(scheduler)
+    step = scheduler.schedule()  # fills the second block
+    assert sequence.num_computed_tokens == 8
+    assert scheduler.reserve_again(step)
+    assert len(sequence.block_ids) == 3
+    scheduler.update(step, [9])
+    assert heard == [2]
