@@ -197,7 +197,8 @@ class Engine:
         """
         launch = self._ahead
         if launch is None:
-            self._programs.settle()  # a step that followed one whose end was interrupted
+            if self._starts_ahead:
+                self._programs.settle()  # a step that followed one whose end was interrupted
             if arrivals is not None:
                 arrivals()
             launch = self._launch(starts=False)
@@ -232,7 +233,6 @@ class Engine:
                 started = started.result.followed
             self._ahead = None
             self._programs.settle()  # of a step whose launch was interrupted
-            self._wake_threads()
 
     def _wake_threads(self) -> None:
         resting, self._resting_threads = self._resting_threads, None

@@ -146,6 +146,8 @@ class CapturedPrograms:
     captured runs its program, more slowly: a warning names it, and `sizes` counts such calls. Not thread-safe.
     """
 
+    can_start = True
+
     def __init__(
         self,
         programs: LoadedPrograms,
@@ -249,11 +251,6 @@ class CapturedPrograms:
     def run(self, program: str, inputs: ProgramInputs, pool: KVPool) -> torch.Tensor:
         """See `base.LoadedPrograms.run`. The inputs are on the host; the logits are on the device, the caller's own."""
         return self._queue(program, inputs, pool)[0]
-
-    @property
-    def can_start(self) -> bool:
-        """See `base.LoadedPrograms.can_start`."""
-        return True
 
     def start(self, program: str, inputs: ProgramInputs, pool: KVPool, draws: DrawOptions | None = None) -> QueuedCall:
         """See `base.LoadedPrograms.start`."""
