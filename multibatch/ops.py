@@ -35,6 +35,14 @@ _LIBRARY.define(
     "normed_linear(Tensor x, Tensor norm, float epsilon, float offset, bool round_first, Tensor weight, Tensor? bias,"
     " Tensor? scales, Tensor? sums, int out_features) -> Tensor"
 )
+_LIBRARY.define(
+    "residual_linear(Tensor residual, Tensor x, Tensor weight, Tensor? bias, Tensor? scales, Tensor? sums,"
+    " int out_features) -> Tensor"
+)
+_LIBRARY.define(
+    "gated_residual_linear(Tensor residual, Tensor gate_up, Tensor weight, Tensor? bias, Tensor? scales, Tensor? sums,"
+    " int out_features, str activation) -> Tensor"
+)
 _LIBRARY.define("rms_norm(Tensor x, Tensor weight, float epsilon, float offset, bool round_first) -> Tensor")
 _LIBRARY.define(
     "packed_embedding(Tensor ids, Tensor weight, Tensor? scales, int num_embeddings, int embedding_dim,"
@@ -99,6 +107,12 @@ def _normed_linear_fake(
     out_features: int,
 ) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("multibatch::residual_linear", lib=_LIBRARY)
+@torch.library.register_fake("multibatch::gated_residual_linear", lib=_LIBRARY)
+def _residual_fake(residual: torch.Tensor, *_: Any) -> torch.Tensor:
+    return residual.new_empty(residual.shape)
 
 
 @torch.library.register_fake("multibatch::rms_norm", lib=_LIBRARY)

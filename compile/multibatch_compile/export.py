@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from torch import nn
 
 from multibatch.backends.base import DTYPES
 from multibatch.backends.eager import assign_weights, model_skeleton
@@ -18,8 +19,9 @@ from multibatch.backends.inductor import map_weights
 from multibatch.errors import CompileError
 from multibatch.manifest import KVLayout, TensorSpec
 
-from .fusion import fuse_gates, fuse_norms, fuse_rotary, replace_norms
+from .fusion import fuse_gates, fuse_norms, fuse_residuals, fuse_rotary, remove_identities, replace_norms
 from .packing import Packing, pack_model
+from .selection import select_early
 from .shims import declarations
 
 
@@ -94,15 +96,8 @@ def build_program(
     pack_model(model, packing)
     replace_norms(model)
     assign_weights(model, map_weights(weights))
-    decoder = FlatDecoder(model, COMPILED_ATTENTION)
-    arguments = _example(shape, kv, dtype)
     with torch.no_grad():
-        program = torch.export.export(decoder, arguments, dynamic_shapes=_free_dimensions(shape, kv), strict=False)
-        fuse_gates(program.graph)
-        fuse_norms(program.graph)
-        if latest_operators:
-            fuse_rotary(program.graph)
-        program.graph_module.recompile()
+        program = export_model(model, shape, kv, dtype, latest_operators)
         torch._inductor.aoti_compile_and_package(
             program,
             package_path=str(output),
@@ -117,6 +112,31 @@ def build_program(
                 **(_portable_options() if portable else {}),
             },
         )
+
+
+def export_model(
+    model: nn.Module, shape: ProgramShape, kv: KVLayout, dtype: str, latest_operators: bool = True
+) -> torch.export.ExportedProgram:
+    """The program's graph, its parts replaced by the operators that do them in one go.
+
+    Args:
+        model: its linear layers packed.
+        shape: see `build_program`, as the others.
+        kv: the pool's layout.
+        dtype: the model's.
+        latest_operators: see `build_program`.
+    """
+    decoder, arguments = FlatDecoder(model, COMPILED_ATTENTION), _example(shape, kv, dtype)
+    program = torch.export.export(decoder, arguments, dynamic_shapes=_free_dimensions(shape, kv), strict=False)
+    remove_identities(program.graph)
+    fuse_gates(program.graph)
+    select_early(program.graph)
+    fuse_norms(program.graph)
+    if latest_operators:
+        fuse_residuals(program.graph)
+        fuse_rotary(program.graph)
+    program.graph_module.recompile()
+    return program
 
 
 def _portable_options() -> dict[str, Any]:

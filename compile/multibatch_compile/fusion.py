@@ -9,12 +9,19 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from multibatch import ops as _ops  # noqa: F401  declares the operators
 from multibatch import reference
 
 _ACTIVATIONS = {
     (torch.ops.aten.silu.default, ()): "silu",
     (torch.ops.aten.gelu.default, (("approximate", "tanh"),)): "gelu_tanh",
+}
+
+_WITH_RESIDUAL: dict[Any, Any] = {
+    torch.ops.multibatch.packed_linear.default: torch.ops.multibatch.residual_linear.default,
+    torch.ops.multibatch.gated_linear.default: torch.ops.multibatch.gated_residual_linear.default,
 }
 
 _MOST_ROTARY = 256
@@ -91,6 +98,23 @@ def _error(x: torch.Tensor, weight: torch.Tensor, expected: torch.Tensor, option
     return float(((got.float() - expected.float()).abs() / (expected.float().abs() + 1e-3)).max())
 
 
+def remove_identities(graph: fx.Graph) -> int:
+    """Takes out dropout, which does nothing here, and views that keep the shape: they stand between what belongs together.
+
+    Returns:
+        How many were taken out.
+    """
+    count = 0
+    for node in list(graph.nodes):
+        is_dropout = _is(node, torch.ops.aten.dropout.default) and node.args[2] is False
+        is_view = _is(node, torch.ops.aten.view.default) or _is(node, torch.ops.aten.reshape.default)
+        if is_dropout or (is_view and _is_alike(node, node.args[0])):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            count += 1
+    return count
+
+
 def fuse_gates(graph: fx.Graph) -> int:
     """Rewrites linear(activation(gate) * up), with gate and up the halves of one tensor, as one operator.
 
@@ -128,6 +152,34 @@ def fuse_norms(graph: fx.Graph) -> int:
         graph.erase_node(norm)
         count += 1
     return count
+
+
+def fuse_residuals(graph: fx.Graph) -> int:
+    """Rewrites x + linear(y), x being of the linear layer's shape, as one operator where nothing else needs linear(y).
+
+    Returns:
+        How many were rewritten.
+    """
+    count = 0
+    for node in list(graph.nodes):
+        if not _is(node, torch.ops.aten.add.Tensor) or node.kwargs or len(node.args) != 2:
+            continue
+        for linear, residual in (node.args[::-1], node.args):
+            fused = _WITH_RESIDUAL.get(linear.target) if isinstance(linear, fx.Node) else None
+            is_needed = fused is not None and (len(linear.users) > 1 or linear is residual)
+            if fused is not None and not is_needed and not linear.kwargs and _is_alike(linear, residual):
+                _replace(graph, node, fused, (residual, *linear.args))
+                graph.erase_node(linear)
+                count += 1
+                break
+    return count
+
+
+def _is_alike(node: fx.Node, other: Any) -> bool:
+    value, others = node.meta["val"], getattr(other, "meta", {}).get("val")
+    if not isinstance(others, torch.Tensor) or others.ndim != value.ndim or others.dtype != value.dtype:
+        return False
+    return all(statically_known_true(a == b) for a, b in zip(value.shape, others.shape, strict=True))
 
 
 def fuse_rotary(graph: fx.Graph) -> int:

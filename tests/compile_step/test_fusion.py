@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from multibatch.backends.flat_model import REFERENCE_ATTENTION, FlatDecoder
-from multibatch_compile.fusion import NormOptions, fuse_gates, fuse_norms, fuse_rotary, norm_options
+from multibatch_compile.fusion import NormOptions, fuse_gates, fuse_norms, fuse_residuals, fuse_rotary, norm_options
 from multibatch_compile.model import find_fused
 from multibatch_compile.packing import PackedLinear, Packing, pack, packed_shape
 
@@ -124,6 +124,50 @@ def test_only_norms_for_a_linear_layer_alone_are_rewritten(shared: bool, count: 
     assert fuse_norms(program.graph) == count
     targets = [node.target for node in program.graph.nodes]
     assert (torch.ops.multibatch.rms_norm.default in targets) is shared
+
+
+class Residual(nn.Module):
+    """A linear layer whose result is added to something, in one of several ways."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.linear = PackedLinear(torch.randn(16, 16), None, "none")
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.linear(x)
+        added = {
+            "behind": lambda: x + y,
+            "before": lambda: y + x,
+            "twice": lambda: y + y,
+            "row": lambda: y + x[:1],
+            "number": lambda: y + 1.0,
+            "double": lambda: y + x.double(),
+            "scaled": lambda: torch.add(x, y, alpha=2),
+            "shared": lambda: x + y,
+        }[self.form]()
+        return added, y if self.form == "shared" else x
+
+
+@pytest.mark.parametrize(
+    ("form", "count"),
+    [
+        ("behind", 1),
+        ("before", 1),
+        ("twice", 0),
+        ("row", 0),
+        ("number", 0),
+        ("double", 0),
+        ("scaled", 0),
+        ("shared", 0),
+    ],
+)
+def test_only_sums_of_one_shape_and_one_use_are_rewritten(form: str, count: int) -> None:
+    program = torch.export.export(Residual(form), (torch.randn(3, 16),), strict=False)
+    assert fuse_residuals(program.graph) == count
+    program.graph.lint()
+    targets = [node.target for node in program.graph.nodes]
+    assert (torch.ops.multibatch.packed_linear.default in targets) is (count == 0)
 
 
 class Rotated(nn.Module):

@@ -143,6 +143,32 @@ def test_normed_linear_is_the_norm_and_then_the_linear(dtype: torch.dtype, m: in
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k", "n"), [(1, 64, 96), (3, 33, 70), (14, 1030, 40), (40, 900, 33)])
+@pytest.mark.parametrize("quantized", [False, True])
+def test_residual_linear_rounds_the_linear_and_then_the_sum(
+    dtype: torch.dtype, m: int, k: int, n: int, quantized: bool
+) -> None:
+    torch.manual_seed(k)
+    x, w, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+    residual, gate_up = (torch.randn(m, n) * 9).to(dtype), torch.randn(m, 2 * k).to(dtype)
+    scales = sums = None
+    if quantized:
+        w, scales = reference.quantize_weight(w)
+        sums = w.sum(1, dtype=torch.int32)
+    rest, operators = (pack(w), b, scales, sums, n), torch.ops.multibatch
+    assert torch.equal(operators.residual_linear(residual, x, *rest), residual + operators.packed_linear(x, *rest))
+    gated = operators.gated_residual_linear(residual, gate_up, *rest, "silu")
+    assert torch.equal(gated, residual + operators.gated_linear(gate_up, *rest, "silu"))
+
+
+def test_a_residual_of_another_shape_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"the residual must be Float\[3, 32\]"):
+        torch.ops.multibatch.residual_linear(
+            torch.ones(3, 31), torch.ones(3, 64), pack(torch.ones(32, 64)), None, None, None, 32
+        )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocabulary", [1, 127, 128, 129, 20000])
 def test_chunk_maxima(dtype: torch.dtype, vocabulary: int) -> None:
     torch.manual_seed(vocabulary)

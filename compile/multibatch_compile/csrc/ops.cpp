@@ -167,16 +167,19 @@ auto rows_of(const Normed& n, const T* x, int64_t K) {
 template <typename Source>
 at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
                   const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& sums, int64_t out_features,
-                  const Source& source) {
+                  const Source& source, const std::optional<at::Tensor>& residual = std::nullopt) {
   at::Tensor xc = x.contiguous();
   auto sizes = x.sizes().vec();
   sizes.back() = out_features;
   at::Tensor y = at::empty(sizes, x.options());
+  TORCH_CHECK(!residual || (residual->sizes() == y.sizes() && residual->scalar_type() == y.scalar_type()),
+              "residual_linear: the residual must be ", y.scalar_type(), y.sizes());
+  const std::optional<at::Tensor> added = residual ? std::optional(residual->contiguous()) : std::nullopt;
   const int64_t K = x.size(-1) / (std::is_same_v<Source, Gated> ? 2 : 1), M = K ? x.numel() / x.size(-1) : 0;
   auto run = [&]<typename W, typename T>(W*, T*) {
     check_linear(x, packed, bias, scales, sums, K, out_features, units_of<W>(K) * Format<W>::unit);
     LinearCall<W, T> call{reinterpret_cast<const W*>(packed.const_data_ptr()), data_of<T>(bias), data_of<float>(scales),
-                          data_of<int32_t>(sums), nullptr, nullptr, reinterpret_cast<T*>(y.data_ptr()), M, out_features,
+                          data_of<int32_t>(sums), nullptr, nullptr, data_of<T>(added), reinterpret_cast<T*>(y.data_ptr()), M, out_features,
                           units_of<W>(K)};
     linear_of(call, K, rows_of(source, reinterpret_cast<const T*>(xc.const_data_ptr()), K));
   };
@@ -210,15 +213,31 @@ at::Tensor normed_linear(const at::Tensor& x, const at::Tensor& norm, double eps
   return linear(x, packed, bias, scales, sums, out_features, Normed{norm, options});
 }
 
-at::Tensor gated_linear(const at::Tensor& gate_up, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
-                        const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& sums,
-                        int64_t out_features, c10::string_view activation) {
+at::Tensor residual_linear(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& packed,
+                           const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& scales,
+                           const std::optional<at::Tensor>& sums, int64_t out_features) {
+  return linear(x, packed, bias, scales, sums, out_features, Plain{}, residual);
+}
+
+Gated gate_of(const at::Tensor& gate_up, c10::string_view activation) {
   TORCH_CHECK(activation == "silu" || activation == "gelu_tanh", "gated_linear: activation ", activation,
               "; allowed: silu, gelu_tanh");
   TORCH_CHECK(gate_up.size(-1) % 2 == 0, "gated_linear: the last dimension of [gate, up] is ", gate_up.size(-1),
               "; allowed: even");
-  return linear(gate_up, packed, bias, scales, sums, out_features,
-                Gated{activation == "silu" ? Activation::silu : Activation::gelu_tanh});
+  return {activation == "silu" ? Activation::silu : Activation::gelu_tanh};
+}
+
+at::Tensor gated_linear(const at::Tensor& gate_up, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
+                        const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& sums,
+                        int64_t out_features, c10::string_view activation) {
+  return linear(gate_up, packed, bias, scales, sums, out_features, gate_of(gate_up, activation));
+}
+
+at::Tensor gated_residual_linear(const at::Tensor& residual, const at::Tensor& gate_up, const at::Tensor& packed,
+                                 const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& scales,
+                                 const std::optional<at::Tensor>& sums, int64_t out_features,
+                                 c10::string_view activation) {
+  return linear(gate_up, packed, bias, scales, sums, out_features, gate_of(gate_up, activation), residual);
 }
 
 at::Tensor rms_norm(const at::Tensor& x, const at::Tensor& weight, double epsilon, double offset, bool round_first) {
@@ -571,8 +590,11 @@ at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::T
   check(call, key_pool.size(0));
   at::Tensor sink_values = sinks ? sinks->to(at::kFloat).contiguous() : at::Tensor();
   const float* sink_data = sinks ? sink_values.const_data_ptr<float>() : nullptr;
-  // Zeros: tokens beyond the last row's belong to nobody, and what follows must stay finite.
-  at::Tensor out = at::zeros({1, query.size(2), query.size(1), value.size(3)}, query.options());
+  at::Tensor out = at::empty({1, query.size(2), query.size(1), value.size(3)}, query.options());
+  // Zeros: tokens outside of all rows belong to nobody, and what follows must stay finite.
+  const int64_t first = call.num_rows ? call.starts[0] : 0, end = call.num_rows ? call.starts[call.num_rows] : 0;
+  if (first > 0) out.narrow(1, 0, first).zero_();
+  if (end < out.size(1)) out.narrow(1, end, out.size(1) - end).zero_();
   MULTIBATCH_DISPATCH(query.scalar_type(), "paged_attention", {
     T* keys = reinterpret_cast<T*>(key_pool.data_ptr());
     T* values = reinterpret_cast<T*>(value_pool.data_ptr());
@@ -631,6 +653,8 @@ TORCH_LIBRARY_IMPL(multibatch, CPU, library) {
   library.impl("packed_linear", multibatch::packed_linear);
   library.impl("gated_linear", multibatch::gated_linear);
   library.impl("normed_linear", multibatch::normed_linear);
+  library.impl("residual_linear", multibatch::residual_linear);
+  library.impl("gated_residual_linear", multibatch::gated_residual_linear);
   library.impl("rms_norm", multibatch::rms_norm);
   library.impl("chunk_maxima", multibatch::chunk_maxima);
   library.impl("first_maxima", multibatch::first_maxima);

@@ -166,6 +166,7 @@ struct LinearCall {
   const int32_t* sums;     // int8: [N], the sum of an output's bytes
   const Lane* x;           // [chunks, M, kChunkStride]
   const float* x_scales;   // int8: [M]
+  const T* residual;       // [M, N] or null: added to y, which was rounded to T before
   T* y;                    // [M, N]
   int64_t M, N, units;
 };
@@ -188,17 +189,25 @@ inline void outputs_of(const From* from, int64_t n, From (&out)[kPanel]) {
   }
 }
 
-template <int R, typename W, typename T, typename ValueOf>
-inline void store_rows(const LinearCall<W, T>& c, int64_t panel, int64_t row, const ValueOf& value_of) {
+// Rows [row, row + rows) of one panel's outputs. value_of(r, half): sixteen sums of row `row` + r, times the scales.
+template <typename W, typename T, typename ValueOf>
+inline void store_rows(const LinearCall<W, T>& c, int64_t panel, int64_t row, int rows, const ValueOf& value_of) {
   const int64_t first = panel * kPanel, n = std::min<int64_t>(kPanel, c.N - first);
   alignas(64) T stored[kPanel] = {};
-  alignas(64) float bias[kPanel], out[kPanel];
+  alignas(64) float bias[kPanel], out[kPanel], residual[kPanel];
   if (c.bias) outputs_of(c.bias + first, n, stored);
   floats_from(stored, bias, kPanel);
-  for (int r = 0; r < R; ++r) {
+  for (int r = 0; r < rows; ++r) {
     for (int half = 0; half < 2; ++half)
       store_vector(out + 16 * half, value_of(r, half) + load_vector<f32x16>(bias + 16 * half));
-    T* const y = c.y + (row + r) * c.N + first;
+    const int64_t at = (row + r) * c.N + first;
+    if (c.residual) {
+      round_to<T>(out, kPanel);
+      outputs_of(c.residual + at, n, stored);
+      floats_from(stored, residual, kPanel);
+      for (int i = 0; i < kPanel; ++i) out[i] += residual[i];
+    }
+    T* const y = c.y + at;
     if (n == kPanel) {
       floats_to(out, y, kPanel);
     } else {
@@ -207,20 +216,22 @@ inline void store_rows(const LinearCall<W, T>& c, int64_t panel, int64_t row, co
   }
 }
 
-template <int R, typename T>
-inline void finish_rows(const LinearCall<T, T>& c, int64_t panel, int64_t row, const f32x16 (&acc)[R][2]) {
-  store_rows<R>(c, panel, row, [&](int r, int half) { return acc[r][half]; });
+// Stores the rows whose sums, [rows][2], are complete. Once for many products, and no part of the loop that makes them.
+template <typename T>
+__attribute__((noinline)) void finish_rows(const LinearCall<T, T>& c, int64_t panel, int64_t row, int rows, const f32x16* sums) {
+  store_rows(c, panel, row, rows, [&](int r, int half) { return sums[2 * r + half]; });
 }
 
-template <int R, typename T>
-inline void finish_rows(const LinearCall<int8_t, T>& c, int64_t panel, int64_t row, const i32x16 (&acc)[R][2]) {
+template <typename T>
+__attribute__((noinline)) void finish_rows(const LinearCall<int8_t, T>& c, int64_t panel, int64_t row, int rows,
+                                           const i32x16* sums) {
   const int64_t first = panel * kPanel, n = std::min<int64_t>(kPanel, c.N - first);
   alignas(64) float scale[kPanel] = {};
-  alignas(64) int32_t sums[kPanel] = {};
+  alignas(64) int32_t shifts[kPanel] = {};
   outputs_of(c.scales + first, n, scale);
-  outputs_of(c.sums + first, n, sums);
-  store_rows<R>(c, panel, row, [&](int r, int half) {
-    const i32x16 exact = acc[r][half] - (load_vector<i32x16>(sums + 16 * half) << 7);  // x was 128 too large
+  outputs_of(c.sums + first, n, shifts);
+  store_rows(c, panel, row, rows, [&](int r, int half) {
+    const i32x16 exact = sums[2 * r + half] - (load_vector<i32x16>(shifts + 16 * half) << 7);  // x was 128 too large
     return __builtin_convertvector(exact, f32x16) * (load_vector<f32x16>(scale + 16 * half) * c.x_scales[row + r]);
   });
 }
@@ -231,28 +242,29 @@ struct Range {
   int64_t panel, from, to, ahead, second, step;
 };
 
-// A range for one group of R rows. `carry` holds the group's sums between two ranges.
+// A range for one group of R rows. `carry`, [R][2], holds the group's sums between two ranges.
 template <int R, typename W, typename T>
 void panel_rows(const LinearCall<W, T>& c, const Range& range, int64_t row, typename Format<W>::Acc* carry) {
   using Acc = typename Format<W>::Acc;
   using Lane = typename Format<W>::Lane;
   constexpr int unit = Format<W>::unit, lanes = Format<W>::lanes;
   constexpr int64_t chunk_units = kChunk / lanes;
-  Acc acc[R][2] = {};
   const int64_t from = range.from, to = range.to;
-  if (from)
-    for (int i = 0; i < 2 * R; ++i) acc[i / 2][i % 2] = load_vector<Acc>(carry + i);
+  Acc acc[R][2];
+  // Unrolled, or the sums would live in memory.
+#pragma GCC unroll 24
+  for (int i = 0; i < 2 * R; ++i) acc[i / 2][i % 2] = from ? load_vector<Acc>(carry + i) : Acc{};
+  if (c.residual && to == c.units)
+    for (int r = 0; r < R; ++r) __builtin_prefetch(c.residual + (row + r) * c.N + range.panel * kPanel);
   const W* w = c.packed + (range.panel * c.units + from) * kPanel * unit;
   Ahead ahead{reinterpret_cast<const char*>(w) + range.ahead, range.second, range.step};
   for (int64_t u = from; u < to; u += chunk_units, w += chunk_units * kPanel * unit) {
     const Lane* x = c.x + (u / chunk_units * c.M + row) * kChunkStride + u % chunk_units * lanes;
     panel_product<R>(w, x, std::min(chunk_units, to - u), ahead, acc);
   }
-  if (to < c.units) {
-    for (int i = 0; i < 2 * R; ++i) store_vector(carry + i, acc[i / 2][i % 2]);
-  } else {
-    finish_rows<R>(c, range.panel, row, acc);
-  }
+#pragma GCC unroll 24
+  for (int i = 0; i < 2 * R; ++i) store_vector(carry + i, acc[i / 2][i % 2]);
+  if (to == c.units) finish_rows(c, range.panel, row, R, carry);
 }
 
 template <typename W, typename T, int R = kMaxRows>

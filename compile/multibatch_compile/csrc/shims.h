@@ -43,6 +43,18 @@ MULTIBATCH_SHIM(normed_linear,
                 AtenTensorHandle weight, AtenTensorHandle* bias, AtenTensorHandle* scales, AtenTensorHandle* sums,
                 int64_t out_features)
 
+MULTIBATCH_SHIM(residual_linear,
+                multibatch::residual_linear(tensor(residual), tensor(x), tensor(weight), tensor(bias), tensor(scales),
+                                            tensor(sums), out_features),
+                AtenTensorHandle residual, AtenTensorHandle x, AtenTensorHandle weight, AtenTensorHandle* bias,
+                AtenTensorHandle* scales, AtenTensorHandle* sums, int64_t out_features)
+
+MULTIBATCH_SHIM(gated_residual_linear,
+                multibatch::gated_residual_linear(tensor(residual), tensor(gate_up), tensor(weight), tensor(bias),
+                                                  tensor(scales), tensor(sums), out_features, activation),
+                AtenTensorHandle residual, AtenTensorHandle gate_up, AtenTensorHandle weight, AtenTensorHandle* bias,
+                AtenTensorHandle* scales, AtenTensorHandle* sums, int64_t out_features, const char* activation)
+
 MULTIBATCH_SHIM(rms_norm, multibatch::rms_norm(tensor(x), tensor(weight), epsilon, offset, round_first),
                 AtenTensorHandle x, AtenTensorHandle weight, double epsilon, double offset, int32_t round_first)
 
