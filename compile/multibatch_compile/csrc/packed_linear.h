@@ -64,14 +64,15 @@ int64_t units_of(int64_t k) {
   return (k + Format<W>::unit - 1) / Format<W>::unit;
 }
 
-// Which bytes a pass over a range of weights fetches ahead: with each unit the line at `at` and the one `second` bytes behind it.
+// What a pass over a range of weights fetches ahead with each unit: a line of each of two streams.
 struct Ahead {
-  const char* at;
-  int64_t second, step;
+  const char *first, *second;
+  int64_t first_step, second_step;  // bytes
   void fetch() {
-    __builtin_prefetch(at);
-    __builtin_prefetch(at + second);
-    at += step;
+    __builtin_prefetch(first);
+    __builtin_prefetch(second);
+    first += first_step;
+    second += second_step;
   }
 };
 
@@ -236,11 +237,17 @@ __attribute__((noinline)) void finish_rows(const LinearCall<int8_t, T>& c, int64
   });
 }
 
-// Units [from, to) of one panel, all of them, some chunks or a range within one chunk; and what to fetch meanwhile, from so many bytes
-// behind the first on.
+// Units [from, to) of one panel, all of them, some chunks or a range within one chunk; and what to fetch meanwhile.
 struct Range {
-  int64_t panel, from, to, ahead, second, step;
+  int64_t panel, from, to;
+  Ahead ahead;
 };
+
+// Where a unit of a panel begins.
+template <typename W, typename T>
+const char* weights_at(const LinearCall<W, T>& c, int64_t panel, int64_t unit) {
+  return reinterpret_cast<const char*>(c.packed + (panel * c.units + unit) * kPanel * Format<W>::unit);
+}
 
 // A range for one group of R rows. `carry`, [R][2], holds the group's sums between two ranges.
 template <int R, typename W, typename T>
@@ -257,7 +264,7 @@ void panel_rows(const LinearCall<W, T>& c, const Range& range, int64_t row, type
   if (c.residual && to == c.units)
     for (int r = 0; r < R; ++r) __builtin_prefetch(c.residual + (row + r) * c.N + range.panel * kPanel);
   const W* w = c.packed + (range.panel * c.units + from) * kPanel * unit;
-  Ahead ahead{reinterpret_cast<const char*>(w) + range.ahead, range.second, range.step};
+  Ahead ahead = range.ahead;
   for (int64_t u = from; u < to; u += chunk_units, w += chunk_units * kPanel * unit) {
     const Lane* x = c.x + (u / chunk_units * c.M + row) * kChunkStride + u % chunk_units * lanes;
     panel_product<R>(w, x, std::min(chunk_units, to - u), ahead, acc);
@@ -279,7 +286,8 @@ void panel_rows_of(int rows, const LinearCall<W, T>& c, const Range& range, int6
 // How a call is cut into tiles. One group of rows: a panel each, read once from end to end. Two: some panels each; the
 // second group follows the first over a short range, and each of them fetches half of the next range from memory, which
 // else would rest while the second computes. Many: a block of rows by a few panels, over ranges that keep both in the
-// core's own caches. Short ranges cost: at each end the sums are put down and taken up.
+// core's own caches, each group fetching its share of the range that comes next. Short ranges cost: at each end the sums are
+// put down and taken up.
 struct Tiling {
   static constexpr int64_t kBlockGroups = 8, kBlockPanels = 2, kPairPanels = 2, kBlockChunks = 4, kFewTiles = 64;
   Groups groups;
@@ -318,29 +326,55 @@ void pair_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int6
     for (int64_t from = 0; from == 0 || from < c.units; from += length)
       for (int64_t g = 0; g < 2; ++g) {
         // Halves, and not every other line: cores fetch pairs of lines, and the second group would find all of it there.
-        const Range range{p, from, std::min(from + length, c.units), bytes + g * bytes / 2, 0, unit / 2};
+        const char* const next = weights_at(c, p, from) + bytes + g * bytes / 2;
+        const Range range{p, from, std::min(from + length, c.units), {next, next, unit / 2, unit / 2}};
         panel_rows_of<W, T>(tiling.groups.size(g), c, range, tiling.groups.start(g), carry + g * kMaxRows * 2);
       }
 }
 
 template <typename W, typename T>
-void linear_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t tile) {
-  using Acc = typename Format<W>::Acc;
+void single_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int64_t p1) {
   constexpr int64_t unit = Format<W>::unit * kPanel * sizeof(W);
+  for (int64_t p = p0; p < p1; ++p) {
+    const char* const soon = weights_at(c, p, 0) + kPrefetchBytes;
+    const Range range{p, 0, c.units, {soon, soon + 64, unit, unit}};
+    panel_rows_of<W, T>(tiling.groups.size(0), c, range, 0, carries<typename Format<W>::Acc>());
+  }
+}
+
+// Panels [p0, p1) by groups [g0, g1). `next_panel`: with which the tile after this one begins.
+template <typename W, typename T>
+void block_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int64_t p1, int64_t g0, int64_t g1,
+                int64_t next_panel) {
+  constexpr int64_t unit = Format<W>::unit * kPanel * sizeof(W);
+  typename Format<W>::Acc* const carry = carries<typename Format<W>::Acc>();
+  const int64_t length = Tiling::block_units<W>();
+  for (int64_t from = 0; from == 0 || from < c.units; from += length)
+    for (int64_t p = p0; p < p1; ++p) {
+      const int64_t to = std::min(from + length, c.units);
+      // What is multiplied next: another panel over these units, then the first one over more, then the next tile's.
+      const bool is_last = p + 1 == p1, is_end = is_last && to == c.units;
+      const int64_t then = is_end ? 0 : is_last ? to : from, panel = is_end ? next_panel : is_last ? p0 : p + 1;
+      const int64_t share = (std::min(then + length, c.units) - then) * unit / (g1 - g0);
+      const char *soon = weights_at(c, p, from) + kPrefetchBytes, *next = weights_at(c, panel, then);
+      for (int64_t g = g0; g < g1; ++g, next += share) {
+        // Of its own weights every other line, since they lie in the core's cache but for the first group.
+        const Range range{p, from, to, {soon, next, unit, share / std::max<int64_t>(to - from, 1) + 1}};
+        typename Format<W>::Acc* held = carry + ((p - p0) * Tiling::kBlockGroups + (g - g0)) * kMaxRows * 2;
+        panel_rows_of<W, T>(tiling.groups.size(g), c, range, tiling.groups.start(g), held);
+      }
+    }
+}
+
+template <typename W, typename T>
+void linear_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t tile) {
   const int64_t p0 = tile / tiling.row_blocks * tiling.panels_per_tile;
   const int64_t p1 = std::min(p0 + tiling.panels_per_tile, tiling.panels);
   const int64_t block = tile % tiling.row_blocks, count = tiling.groups.count;
+  if (count == 1) return single_tile(c, tiling, p0, p1);
   if (count == 2) return pair_tile(c, tiling, p0, p1);
   const int64_t g0 = block * count / tiling.row_blocks, g1 = (block + 1) * count / tiling.row_blocks;
-  const int64_t length = count == 1 ? std::max<int64_t>(c.units, 1) : Tiling::block_units<W>();
-  Acc* const carry = carries<Acc>();
-  for (int64_t from = 0; from == 0 || from < c.units; from += length)
-    for (int64_t p = p0; p < p1; ++p)
-      for (int64_t g = g0; g < g1; ++g) {
-        Acc* held = carry + ((p - p0) * Tiling::kBlockGroups + (g - g0)) * kMaxRows * 2;
-        const Range range{p, from, std::min(from + length, c.units), kPrefetchBytes, 64, unit};
-        panel_rows_of<W, T>(tiling.groups.size(g), c, range, tiling.groups.start(g), held);
-      }
+  block_tile(c, tiling, p0, p1, g0, g1, block + 1 < tiling.row_blocks ? p0 : std::min(p1, tiling.panels - 1));
 }
 
 // Lays one row of x, [K], out for the micro-kernel: lane l goes to out[l / kChunk][l % kChunk], chunks `distance` apart.
