@@ -1,0 +1,141 @@
+"""What the linear layers of a prompt take, beside the products that the same kernel makes with operands in the first cache.
+
+usage: python -m benchmarks.linear_layers ARTIFACT [--tokens 128,1024] [--repeats 9]
+
+Shapes are those of the artifact's model, a Llama-like one of one width; weights are random. Rates drift within a second here,
+so the peak is measured before and after each layer's turn. "prepare" is what comes before the products: the normalisation or
+the gate, quantisation, and the layout that the kernel reads; timed as the same layer with one panel of outputs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from multibatch import ops
+from multibatch.artifact import Artifact
+from multibatch.backends.base import DTYPES
+from multibatch.backends.load import load_programs
+from multibatch.reference import quantize_weight
+from multibatch_compile.packing import pack
+
+_COPIES = 6
+"""Weights of each shape, taken in turn, so that none lies in a cache when its turn comes."""
+
+Weight = tuple[torch.Tensor, None, torch.Tensor | None, torch.Tensor | None, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One of the linear layers of a block."""
+
+    name: str
+    in_features: int
+    out_features: int
+    call: Callable[[Weight], torch.Tensor]
+
+    def weights(self, out_features: int, dtype: torch.dtype, is_int8: bool) -> list[Weight]:
+        """Random ones, packed."""
+        made: list[Weight] = []
+        for _ in range(_COPIES):
+            weight = torch.randn(out_features, self.in_features, dtype=dtype)
+            scales = sums = None
+            if is_int8:
+                weight, scales = quantize_weight(weight)
+                sums = weight.sum(1, dtype=torch.int32)
+            made.append((pack(weight), None, scales, sums, out_features))
+        return made
+
+
+def layers_of(config: dict[str, int], tokens: int, dtype: torch.dtype) -> list[Layer]:
+    """The layers of a block in the order of their calls, each with inputs of so many tokens."""
+    hidden, heads, between = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
+    head_dim = config.get("head_dim") or hidden // heads
+    norm = torch.ones(hidden, dtype=dtype)
+    x, attended, gate_up = (torch.randn(1, tokens, n, dtype=dtype) for n in (hidden, heads * head_dim, 2 * between))
+    operators = torch.ops.multibatch
+
+    def normed(weight: Weight) -> torch.Tensor:
+        y: torch.Tensor = operators.normed_linear(x, norm, 1e-6, 0.0, True, *weight)
+        return y
+
+    def added(weight: Weight) -> torch.Tensor:
+        y: torch.Tensor = operators.residual_linear(x[..., : weight[-1]].contiguous(), attended, *weight)
+        return y
+
+    def gated(weight: Weight) -> torch.Tensor:
+        residual = x[..., : weight[-1]].contiguous()
+        y: torch.Tensor = operators.gated_residual_linear(residual, gate_up, *weight, "silu")
+        return y
+
+    kv = config["num_key_value_heads"] * head_dim
+    return [
+        Layer("query, key, value", hidden, heads * head_dim + 2 * kv, normed),
+        Layer("attention output", heads * head_dim, hidden, added),
+        Layer("gate and up", hidden, 2 * between, normed),
+        Layer("down", between, hidden, gated),
+    ]
+
+
+def seconds_of(layer: Layer, weights: list[Weight]) -> float:
+    """Median of a call."""
+    times = []
+    for weight in weights:
+        start = time.perf_counter()
+        layer.call(weight)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def measure(layer: Layer, tokens: int, dtype: torch.dtype, is_int8: bool, repeats: int) -> tuple[float, float, float]:
+    """Seconds of a call, of preparing it, and of its products at the peak; medians."""
+    whole, one = layer.weights(layer.out_features, dtype, is_int8), layer.weights(ops.PANEL, dtype, is_int8)
+    kind = torch.int8 if is_int8 else dtype
+    found: list[tuple[float, float, float]] = []
+    for _ in range(repeats + 1):
+        before = ops.peak_rate(kind, 0.02)
+        taken, prepared = seconds_of(layer, whole), seconds_of(layer, one)
+        peak = (before + ops.peak_rate(kind, 0.02)) / 2
+        products = tokens * layer.in_features
+        found.append((taken, prepared - products * ops.PANEL / peak, products * layer.out_features / peak))
+    taken, prepared, ideal = (statistics.median(column) for column in zip(*found[1:], strict=True))
+    return taken, prepared, ideal
+
+
+def main() -> None:
+    """Prints a line for each layer, and for a block."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact")
+    parser.add_argument("--tokens", default="128,1024")
+    parser.add_argument("--repeats", type=int, default=9)
+    arguments = parser.parse_args()
+    artifact = Artifact.open(arguments.artifact)
+    programs, manifest = load_programs(artifact), artifact.manifest
+    config = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
+    dtype, is_int8 = DTYPES[manifest.model.dtype], manifest.quantization is not None
+    with programs.own_threads():
+        for tokens in map(int, arguments.tokens.split(",")):
+            print(
+                f"{tokens} tokens, {'int8' if is_int8 else manifest.model.dtype}: ms, of it prepare; share of the peak, of products alone"
+            )
+            total = [0.0, 0.0, 0.0]
+            for layer in layers_of(config, tokens, dtype):
+                times = measure(layer, tokens, dtype, is_int8, arguments.repeats)
+                total = [a + b for a, b in zip(total, times, strict=True)]
+                print(line(layer.name, *times), flush=True)
+            print(line("a block", *total), flush=True)
+
+
+def line(name: str, taken: float, prepared: float, ideal: float) -> str:
+    """Of a layer or a block, for people."""
+    return f"{name:>18}: {taken * 1e3:7.2f} {prepared * 1e3:6.2f}  {ideal / taken:.2f} {ideal / (taken - prepared):.2f}"
+
+
+if __name__ == "__main__":
+    main()
