@@ -179,8 +179,8 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& packed, const std::opti
   auto run = [&]<typename W, typename T>(W*, T*) {
     check_linear(x, packed, bias, scales, sums, K, out_features, units_of<W>(K) * Format<W>::unit);
     LinearCall<W, T> call{reinterpret_cast<const W*>(packed.const_data_ptr()), data_of<T>(bias), data_of<float>(scales),
-                          data_of<int32_t>(sums), nullptr, nullptr, data_of<T>(added), reinterpret_cast<T*>(y.data_ptr()), M, out_features,
-                          units_of<W>(K)};
+                          data_of<int32_t>(sums), nullptr, nullptr, data_of<T>(added),
+                          reinterpret_cast<T*>(y.data_ptr()), M, out_features, units_of<W>(K)};
     linear_of(call, K, rows_of(source, reinterpret_cast<const T*>(xc.const_data_ptr()), K));
   };
   MULTIBATCH_DISPATCH(x.scalar_type(), "packed_linear", {

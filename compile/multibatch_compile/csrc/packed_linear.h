@@ -219,7 +219,8 @@ inline void store_rows(const LinearCall<W, T>& c, int64_t panel, int64_t row, in
 
 // Stores the rows whose sums, [rows][2], are complete. Once for many products, and no part of the loop that makes them.
 template <typename T>
-__attribute__((noinline)) void finish_rows(const LinearCall<T, T>& c, int64_t panel, int64_t row, int rows, const f32x16* sums) {
+__attribute__((noinline)) void finish_rows(const LinearCall<T, T>& c, int64_t panel, int64_t row, int rows,
+                                           const f32x16* sums) {
   store_rows(c, panel, row, rows, [&](int r, int half) { return sums[2 * r + half]; });
 }
 
