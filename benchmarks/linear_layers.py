@@ -22,8 +22,7 @@ from multibatch import ops
 from multibatch.artifact import Artifact
 from multibatch.backends.base import DTYPES
 from multibatch.backends.load import load_programs
-from multibatch.reference import quantize_weight
-from multibatch_compile.packing import pack
+from multibatch_compile.packing import PackedLinear
 
 _COPIES = 6
 """Weights of each shape, taken in turn, so that none lies in a cache when its turn comes."""
@@ -45,11 +44,8 @@ class Layer:
         made: list[Weight] = []
         for _ in range(_COPIES):
             weight = torch.randn(out_features, self.in_features, dtype=dtype)
-            scales = sums = None
-            if is_int8:
-                weight, scales = quantize_weight(weight)
-                sums = weight.sum(1, dtype=torch.int32)
-            made.append((pack(weight), None, scales, sums, out_features))
+            linear = PackedLinear(weight, None, "int8" if is_int8 else "none")
+            made.append((linear.weight, None, linear.scales, linear.sums, linear.out_features))
         return made
 
 
@@ -59,6 +55,7 @@ def layers_of(config: dict[str, int], tokens: int, dtype: torch.dtype) -> list[L
     head_dim = config.get("head_dim") or hidden // heads
     norm = torch.ones(hidden, dtype=dtype)
     x, attended, gate_up = (torch.randn(1, tokens, n, dtype=dtype) for n in (hidden, heads * head_dim, 2 * between))
+    residuals = {n: x[..., :n].contiguous() for n in (hidden, ops.PANEL)}
     operators = torch.ops.multibatch
 
     def normed(weight: Weight) -> torch.Tensor:
@@ -66,12 +63,11 @@ def layers_of(config: dict[str, int], tokens: int, dtype: torch.dtype) -> list[L
         return y
 
     def added(weight: Weight) -> torch.Tensor:
-        y: torch.Tensor = operators.residual_linear(x[..., : weight[-1]].contiguous(), attended, *weight)
+        y: torch.Tensor = operators.residual_linear(residuals[weight[-1]], attended, *weight)
         return y
 
     def gated(weight: Weight) -> torch.Tensor:
-        residual = x[..., : weight[-1]].contiguous()
-        y: torch.Tensor = operators.gated_residual_linear(residual, gate_up, *weight, "silu")
+        y: torch.Tensor = operators.gated_residual_linear(residuals[weight[-1]], gate_up, *weight, "silu")
         return y
 
     kv = config["num_key_value_heads"] * head_dim
@@ -121,9 +117,8 @@ def main() -> None:
     dtype, is_int8 = DTYPES[manifest.model.dtype], manifest.quantization is not None
     with programs.own_threads():
         for tokens in map(int, arguments.tokens.split(",")):
-            print(
-                f"{tokens} tokens, {'int8' if is_int8 else manifest.model.dtype}: ms, of it prepare; share of the peak, of products alone"
-            )
+            dtype_name = "int8" if is_int8 else manifest.model.dtype
+            print(f"{tokens} tokens, {dtype_name}: ms, of it prepare; share of the peak, of products alone")
             total = [0.0, 0.0, 0.0]
             for layer in layers_of(config, tokens, dtype):
                 times = measure(layer, tokens, dtype, is_int8, arguments.repeats)

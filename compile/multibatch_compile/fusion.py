@@ -165,10 +165,10 @@ def fuse_residuals(graph: fx.Graph) -> int:
         if not _is(node, torch.ops.aten.add.Tensor) or node.kwargs or len(node.args) != 2:
             continue
         for linear, residual in (node.args[::-1], node.args):
-            fused = _WITH_RESIDUAL.get(linear.target) if isinstance(linear, fx.Node) else None
-            is_needed = fused is not None and (len(linear.users) > 1 or linear is residual)
-            if fused is not None and not is_needed and not linear.kwargs and _is_alike(linear, residual):
-                _replace(graph, node, fused, (residual, *linear.args))
+            if not isinstance(linear, fx.Node) or linear.target not in _WITH_RESIDUAL or linear.kwargs:
+                continue
+            if linear is not residual and len(linear.users) == 1 and _is_alike(linear, residual):
+                _replace(graph, node, _WITH_RESIDUAL[linear.target], (residual, *linear.args))
                 graph.erase_node(linear)
                 count += 1
                 break

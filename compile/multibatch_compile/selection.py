@@ -72,10 +72,12 @@ def _can_move(node: fx.Node, tokens: Any) -> bool:
     if torch.Tag.pointwise in getattr(node.target, "tags", ()):
         # A number for all tokens, and one for each of the last dimension, mean the same for fewer of them.
         return all(_is_by_token(x, tokens) or len(_shape(x)) <= 1 for x in node.all_input_nodes)
+    if node.target not in _BY_TOKEN:
+        return False
     if node.target is torch.ops.aten.layer_norm.default and len(node.args[1]) != 1:  # type: ignore[arg-type]
         return False  # over more than a token's numbers
     first, *others = node.all_input_nodes
-    return node.target in _BY_TOKEN and _is_by_token(first, tokens) and not any(_is_by_token(x, tokens) for x in others)
+    return _is_by_token(first, tokens) and not any(_is_by_token(x, tokens) for x in others)
 
 
 def _is_selection(node: fx.Node) -> bool:
