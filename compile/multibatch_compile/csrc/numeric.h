@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #if defined(__AVX512F__) || defined(__F16C__)
 #include <immintrin.h>
 #endif
@@ -124,16 +125,36 @@ inline void floats_to(const float* from, T* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);
 }
 
-// Rounds to nearest, ties to even; a NaN stays one.
+// The bits of a float rounded to nearest, ties to even, in their upper half; a NaN stays one.
+inline u32x16 bfloat16_bits(f32x16 value) {
+  u32x16 bits = load_vector<u32x16>(&value);
+  u32x16 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  return value == value ? rounded : u32x16{} + 0x7fc00000u;
+}
+
+// Sixteen floats, each the nearest that T can hold.
+template <typename T>
+inline f32x16 rounded(f32x16 value) {
+  if constexpr (std::is_same_v<T, c10::BFloat16>) {
+    const u32x16 bits = bfloat16_bits(value) & 0xffff0000u;
+    return load_vector<f32x16>(&bits);
+  } else if constexpr (std::is_same_v<T, c10::Half>) {
+    c10::Half halves[16];
+    store_halves(value, halves);
+    return floats_of(halves);
+  } else {
+    return value;
+  }
+}
+
+// Sixteen floats, stored as another type.
+inline void store_floats(f32x16 value, float* to) { store_vector(to, value); }
+inline void store_floats(f32x16 value, c10::BFloat16* to) { store_vector(to, narrow(bfloat16_bits(value) >> 16)); }
+inline void store_floats(f32x16 value, c10::Half* to) { store_halves(value, to); }
+
 inline void floats_to(const float* from, c10::BFloat16* to, int64_t n) {
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) {
-    u32x16 bits = load_vector<u32x16>(from + i);
-    f32x16 value = load_vector<f32x16>(from + i);
-    u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    u32x16 kept = value == value ? rounded : u32x16{} + 0x7fc0u;
-    store_vector(to + i, narrow(kept));
-  }
+  for (; i + 16 <= n; i += 16) store_floats(load_vector<f32x16>(from + i), to + i);
   for (; i < n; ++i) to[i] = static_cast<c10::BFloat16>(from[i]);
 }
 

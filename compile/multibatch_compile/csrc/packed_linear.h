@@ -180,41 +180,55 @@ struct Groups {
   int size(int64_t g) const { return static_cast<int>(start(g + 1) - start(g)); }
 };
 
-// A whole panel's outputs at a time, so that all of this is vectors; what is beyond N is zero, and not stored.
-template <typename From>
-inline void outputs_of(const From* from, int64_t n, From (&out)[kPanel]) {
-  if (n == kPanel) {
-    std::memcpy(out, from, sizeof(out));
+// What belongs to a panel's outputs, n or more of them; zeros where there are fewer.
+template <typename V, typename E>
+inline void outputs_of(const E* from, int64_t n, V (&to)[2]) {
+  if (n >= kPanel) {
+    std::memcpy(to, from, sizeof(to));
   } else {
-    std::copy(from, from + n, out);
+    to[0] = to[1] = V{};
+    std::memcpy(to, from, n * sizeof(E));
   }
 }
 
-// Rows [row, row + rows) of one panel's outputs. value_of(r, half): sixteen sums of row `row` + r, times the scales.
+// Where outputs of a panel lie, rows `stride` apart, and what is added to them.
+template <typename T>
+struct PanelOutputs {
+  const T *bias, *residual;  // or null
+  T* y;
+  int64_t stride;
+};
+
+// Stores rows of a panel. value_of(r, half): sixteen sums of row r, times the scales.
+template <typename T, typename ValueOf>
+inline void store_rows(const PanelOutputs<T>& to, int rows, const ValueOf& value_of) {
+  f32x16 bias[2] = {};
+  if (to.bias) bias[0] = floats_of(to.bias), bias[1] = floats_of(to.bias + 16);
+  for (int r = 0; r < rows; ++r)
+    for (int half = 0; half < 2; ++half) {
+      const int64_t at = r * to.stride + 16 * half;
+      f32x16 value = value_of(r, half) + bias[half];
+      if (to.residual) value = rounded<T>(value) + floats_of(to.residual + at);
+      store_floats(value, to.y + at);
+    }
+}
+
+// The same for rows [row, row + rows) of the last panel of a call, which has fewer outputs than others: by way of a copy.
+template <typename W, typename T, typename ValueOf>
+void store_last_rows(const LinearCall<W, T>& c, int64_t first, int64_t row, int rows, const ValueOf& value_of) {
+  T bias[kPanel] = {}, residual[kMaxRows * kPanel] = {}, y[kMaxRows * kPanel];
+  const int64_t n = c.N - first;
+  if (c.bias) std::copy_n(c.bias + first, n, bias);
+  for (int r = 0; c.residual && r < rows; ++r) std::copy_n(c.residual + (row + r) * c.N + first, n, residual + r * kPanel);
+  store_rows<T>({bias, c.residual ? residual : nullptr, y, kPanel}, rows, value_of);
+  for (int r = 0; r < rows; ++r) std::copy_n(y + r * kPanel, n, c.y + (row + r) * c.N + first);
+}
+
 template <typename W, typename T, typename ValueOf>
 inline void store_rows(const LinearCall<W, T>& c, int64_t panel, int64_t row, int rows, const ValueOf& value_of) {
-  const int64_t first = panel * kPanel, n = std::min<int64_t>(kPanel, c.N - first);
-  alignas(64) T stored[kPanel] = {};
-  alignas(64) float bias[kPanel], out[kPanel], residual[kPanel];
-  if (c.bias) outputs_of(c.bias + first, n, stored);
-  floats_from(stored, bias, kPanel);
-  for (int r = 0; r < rows; ++r) {
-    for (int half = 0; half < 2; ++half)
-      store_vector(out + 16 * half, value_of(r, half) + load_vector<f32x16>(bias + 16 * half));
-    const int64_t at = (row + r) * c.N + first;
-    if (c.residual) {
-      round_to<T>(out, kPanel);
-      outputs_of(c.residual + at, n, stored);
-      floats_from(stored, residual, kPanel);
-      for (int i = 0; i < kPanel; ++i) out[i] += residual[i];
-    }
-    T* const y = c.y + at;
-    if (n == kPanel) {
-      floats_to(out, y, kPanel);
-    } else {
-      floats_to(out, y, n);
-    }
-  }
+  const int64_t first = panel * kPanel, at = row * c.N + first;
+  if (c.N - first < kPanel) return store_last_rows(c, first, row, rows, value_of);
+  store_rows<T>({c.bias ? c.bias + first : nullptr, c.residual ? c.residual + at : nullptr, c.y + at, c.N}, rows, value_of);
 }
 
 // Stores the rows whose sums, [rows][2], are complete. Once for many products, and no part of the loop that makes them.
@@ -227,14 +241,14 @@ __attribute__((noinline)) void finish_rows(const LinearCall<T, T>& c, int64_t pa
 template <typename T>
 __attribute__((noinline)) void finish_rows(const LinearCall<int8_t, T>& c, int64_t panel, int64_t row, int rows,
                                            const i32x16* sums) {
-  const int64_t first = panel * kPanel, n = std::min<int64_t>(kPanel, c.N - first);
-  alignas(64) float scale[kPanel] = {};
-  alignas(64) int32_t shifts[kPanel] = {};
-  outputs_of(c.scales + first, n, scale);
-  outputs_of(c.sums + first, n, shifts);
+  const int64_t first = panel * kPanel;
+  f32x16 scales[2];
+  i32x16 shifts[2];
+  outputs_of(c.scales + first, c.N - first, scales);
+  outputs_of(c.sums + first, c.N - first, shifts);
   store_rows(c, panel, row, rows, [&](int r, int half) {
-    const i32x16 exact = sums[2 * r + half] - (load_vector<i32x16>(shifts + 16 * half) << 7);  // x was 128 too large
-    return __builtin_convertvector(exact, f32x16) * (load_vector<f32x16>(scale + 16 * half) * c.x_scales[row + r]);
+    const i32x16 exact = sums[2 * r + half] - (shifts[half] << 7);  // x was 128 too large
+    return __builtin_convertvector(exact, f32x16) * (scales[half] * c.x_scales[row + r]);
   });
 }
 
