@@ -157,15 +157,14 @@ def step_inputs(
     """Chunks of prompts, then decode rows, in one call without padding.
 
     Logits are asked for where a token will be sampled: of each chunk that ends its prompt, then of each decode row; then
-    where prompt_logprobs needs them, chunk by chunk. Where none are, of the first token, since a program gives at least
-    one row.
+    where prompt_logprobs needs them, chunk by chunk. Where none are, what follows the last attention computes nothing.
     """
     flat = _flattened(chunks, rows, max_blocks, block_size)
     last = [stop - 1 for stop in flat.starts[1:]]
     keep = [token for token, chunk in zip(last, chunks, strict=False) if chunk.is_last] + last[len(chunks) :]
     for first, chunk in zip(flat.starts, chunks, strict=False):
         keep += [first + position - chunk.start for position in chunk.prompt_positions]
-    return _inputs(flat, keep or [0])
+    return _inputs(flat, keep)
 
 
 @dataclass(slots=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -102,8 +102,21 @@ def check_program(
                 f"{spec.name}: logits differ from the eager reference by {error:.3g}, allowed {allowed:.3g}"
             )
         case.check_untouched(pool)
+        if spec.kind == "step":
+            _check_without_logits(case, programs, pool)
         verdicts.append(_against_alone(case, programs, logits, Verdict(error), allowed))
     return _worst(verdicts)
+
+
+def _check_without_logits(case: _Case, programs: LoadedPrograms, pool: KVPool) -> None:
+    """A chunk that ends no prompt wants none: the same call must give none, and leave the pool as `pool` is."""
+    inputs, own = replace(case.inputs, logits_to_keep=case.inputs.logits_to_keep[:0]), case.pool()
+    num_logits = programs.run(case.name, inputs, own).shape[0]
+    if num_logits:
+        raise VerificationError(f"{case.name}: {num_logits} rows of logits where none were asked for")
+    pairs = zip((*pool.keys, *pool.values), (*own.keys, *own.values), strict=True)
+    if not all(torch.equal(a[1:], b[1:]) for a, b in pairs):  # any row may write to the scratch block
+        raise VerificationError(f"{case.name}: writes another pool where no logits are asked for")
 
 
 def _against_alone(
