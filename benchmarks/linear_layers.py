@@ -3,8 +3,9 @@
 usage: python -m benchmarks.linear_layers ARTIFACT [--tokens 128,1024] [--repeats 9]
 
 Shapes are those of the artifact's model, a Llama-like one of one width; weights are random. Rates drift within a second here,
-so the peak is measured before and after each layer's turn. "prepare" is what comes before the products: the normalisation or
-the gate, quantisation, and the layout that the kernel reads; timed as the same layer with one panel of outputs.
+so the peak is measured before and after each layer's turn. "prepare" is what comes before the products: the normalisation,
+quantisation, and the layout that the kernel reads; timed as the same layer with one panel of outputs. The gate is no part of it:
+it is taken as the outputs of gate and up are stored.
 """
 
 from __future__ import annotations
@@ -32,21 +33,32 @@ Weight = tuple[torch.Tensor, None, torch.Tensor | None, torch.Tensor | None, int
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One of the linear layers of a block."""
+    """One of the linear layers of a block, or those of its gate in one."""
 
     name: str
-    in_features: int
-    out_features: int
-    call: Callable[[Weight], torch.Tensor]
+    features: tuple[int, ...]
+    """Of its input, of what is between two layers, of its output."""
+    call: Callable[[list[Weight]], torch.Tensor]
 
-    def weights(self, out_features: int, dtype: torch.dtype, is_int8: bool) -> list[Weight]:
-        """Random ones, packed."""
-        made: list[Weight] = []
+    def weights(self, features: tuple[int, ...], dtype: torch.dtype, is_int8: bool) -> list[list[Weight]]:
+        """Random ones for layers of these features, packed."""
+        made: list[list[Weight]] = []
         for _ in range(_COPIES):
-            weight = torch.randn(out_features, self.in_features, dtype=dtype)
-            linear = PackedLinear(weight, None, "int8" if is_int8 else "none")
-            made.append((linear.weight, None, linear.scales, linear.sums, linear.out_features))
+            weights: list[Weight] = []
+            for in_features, out_features in shapes_of(features):
+                weight = torch.randn(out_features, in_features, dtype=dtype)
+                linear = PackedLinear(weight, None, "int8" if is_int8 else "none")
+                weights.append((linear.weight, None, linear.scales, linear.sums, linear.out_features))
+            made.append(weights)
         return made
+
+
+def shapes_of(features: tuple[int, ...]) -> list[tuple[int, int]]:
+    """(in, out) of the layers; gate and up are one of twice the outputs."""
+    if len(features) == 2:
+        return [(features[0], features[1])]
+    before, between, behind = features
+    return [(before, 2 * between), (between, behind)]
 
 
 def layers_of(config: dict[str, int], tokens: int, dtype: torch.dtype) -> list[Layer]:
@@ -54,32 +66,34 @@ def layers_of(config: dict[str, int], tokens: int, dtype: torch.dtype) -> list[L
     hidden, heads, between = config["hidden_size"], config["num_attention_heads"], config["intermediate_size"]
     head_dim = config.get("head_dim") or hidden // heads
     norm = torch.ones(hidden, dtype=dtype)
-    x, attended, gate_up = (torch.randn(1, tokens, n, dtype=dtype) for n in (hidden, heads * head_dim, 2 * between))
+    x, attended = (torch.randn(1, tokens, n, dtype=dtype) for n in (hidden, heads * head_dim))
     residuals = {n: x[..., :n].contiguous() for n in (hidden, ops.PANEL)}
     operators = torch.ops.multibatch
 
-    def normed(weight: Weight) -> torch.Tensor:
-        y: torch.Tensor = operators.normed_linear(x, norm, 1e-6, 0.0, True, *weight)
+    def normed(weights: list[Weight]) -> torch.Tensor:
+        y: torch.Tensor = operators.normed_linear(x, norm, 1e-6, 0.0, True, *weights[0])
         return y
 
-    def added(weight: Weight) -> torch.Tensor:
-        y: torch.Tensor = operators.residual_linear(residuals[weight[-1]], attended, *weight)
+    def added(weights: list[Weight]) -> torch.Tensor:
+        y: torch.Tensor = operators.residual_linear(residuals[weights[0][-1]], attended, *weights[0])
         return y
 
-    def gated(weight: Weight) -> torch.Tensor:
-        y: torch.Tensor = operators.gated_residual_linear(residuals[weight[-1]], gate_up, *weight, "silu")
+    def gated(weights: list[Weight]) -> torch.Tensor:
+        (*gate_up, twice), (*down, out_features) = weights
+        y: torch.Tensor = operators.gated_mlp(
+            x, residuals[out_features], norm, 1e-6, 0.0, True, *gate_up, *down, twice // 2, out_features, "silu"
+        )
         return y
 
     kv = config["num_key_value_heads"] * head_dim
     return [
-        Layer("query, key, value", hidden, heads * head_dim + 2 * kv, normed),
-        Layer("attention output", heads * head_dim, hidden, added),
-        Layer("gate and up", hidden, 2 * between, normed),
-        Layer("down", between, hidden, gated),
+        Layer("query, key, value", (hidden, heads * head_dim + 2 * kv), normed),
+        Layer("attention output", (heads * head_dim, hidden), added),
+        Layer("gate, up, down", (hidden, between, hidden), gated),
     ]
 
 
-def seconds_of(layer: Layer, weights: list[Weight]) -> float:
+def seconds_of(layer: Layer, weights: list[list[Weight]]) -> float:
     """Median of a call."""
     times = []
     for weight in weights:
@@ -89,17 +103,23 @@ def seconds_of(layer: Layer, weights: list[Weight]) -> float:
     return statistics.median(times)
 
 
+def products_of(features: tuple[int, ...]) -> int:
+    """For one token."""
+    return sum(in_features * out_features for in_features, out_features in shapes_of(features))
+
+
 def measure(layer: Layer, tokens: int, dtype: torch.dtype, is_int8: bool, repeats: int) -> tuple[float, float, float]:
     """Seconds of a call, of preparing it, and of its products at the peak; medians."""
-    whole, one = layer.weights(layer.out_features, dtype, is_int8), layer.weights(ops.PANEL, dtype, is_int8)
+    few = (layer.features[0], *(ops.PANEL for _ in layer.features[1:]))
+    whole, one = layer.weights(layer.features, dtype, is_int8), layer.weights(few, dtype, is_int8)
     kind = torch.int8 if is_int8 else dtype
     found: list[tuple[float, float, float]] = []
     for _ in range(repeats + 1):
         before = ops.peak_rate(kind, 0.02)
         taken, prepared = seconds_of(layer, whole), seconds_of(layer, one)
         peak = (before + ops.peak_rate(kind, 0.02)) / 2
-        products = tokens * layer.in_features
-        found.append((taken, prepared - products * ops.PANEL / peak, products * layer.out_features / peak))
+        prepared -= tokens * products_of(few) / peak
+        found.append((taken, prepared, tokens * products_of(layer.features) / peak))
     taken, prepared, ideal = (statistics.median(column) for column in zip(*found[1:], strict=True))
     return taken, prepared, ideal
 

@@ -43,6 +43,11 @@ _LIBRARY.define(
     "gated_residual_linear(Tensor residual, Tensor gate_up, Tensor weight, Tensor? bias, Tensor? scales, Tensor? sums,"
     " int out_features, str activation) -> Tensor"
 )
+_LIBRARY.define(
+    "gated_mlp(Tensor x, Tensor? residual, Tensor? norm, float epsilon, float offset, bool round_first, Tensor gate_up,"
+    " Tensor? gate_up_bias, Tensor? gate_up_scales, Tensor? gate_up_sums, Tensor down, Tensor? down_bias,"
+    " Tensor? down_scales, Tensor? down_sums, int intermediate_size, int out_features, str activation) -> Tensor"
+)
 _LIBRARY.define("rms_norm(Tensor x, Tensor weight, float epsilon, float offset, bool round_first) -> Tensor")
 _LIBRARY.define(
     "packed_embedding(Tensor ids, Tensor weight, Tensor? scales, int num_embeddings, int embedding_dim,"
@@ -113,6 +118,11 @@ def _normed_linear_fake(
 @torch.library.register_fake("multibatch::gated_residual_linear", lib=_LIBRARY)
 def _residual_fake(residual: torch.Tensor, *_: Any) -> torch.Tensor:
     return residual.new_empty(residual.shape)
+
+
+@torch.library.register_fake("multibatch::gated_mlp", lib=_LIBRARY)
+def _gated_mlp_fake(x: torch.Tensor, *others: Any) -> torch.Tensor:
+    return x.new_empty((*x.shape[:-1], others[-2]))
 
 
 @torch.library.register_fake("multibatch::rms_norm", lib=_LIBRARY)

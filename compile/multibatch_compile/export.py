@@ -19,7 +19,7 @@ from multibatch.backends.inductor import map_weights
 from multibatch.errors import CompileError
 from multibatch.manifest import KVLayout, TensorSpec
 
-from .fusion import fuse_gates, fuse_norms, fuse_residuals, fuse_rotary, remove_identities, replace_norms
+from .fusion import fuse_gates, fuse_mlps, fuse_norms, fuse_residuals, fuse_rotary, remove_identities, replace_norms
 from .packing import Packing, pack_model
 from .selection import select_early
 from .shims import declarations
@@ -134,6 +134,7 @@ def export_model(
     fuse_norms(program.graph)
     if latest_operators:
         fuse_residuals(program.graph)
+        fuse_mlps(program.graph)
         fuse_rotary(program.graph)
     program.graph_module.recompile()
     return program

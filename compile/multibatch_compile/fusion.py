@@ -24,6 +24,9 @@ _WITH_RESIDUAL: dict[Any, Any] = {
     torch.ops.multibatch.gated_linear.default: torch.ops.multibatch.gated_residual_linear.default,
 }
 
+_GATED = {torch.ops.multibatch.gated_linear.default, torch.ops.multibatch.gated_residual_linear.default}
+_MAKES_GATES = {torch.ops.multibatch.packed_linear.default, torch.ops.multibatch.normed_linear.default}
+
 _MOST_ROTARY = 256
 """Numbers of a head that the operator can rotate (kStretch in csrc/elementwise.h)."""
 
@@ -180,6 +183,33 @@ def _is_alike(node: fx.Node, other: Any) -> bool:
     if not isinstance(others, torch.Tensor) or others.ndim != value.ndim or others.dtype != value.dtype:
         return False
     return all(statically_known_true(a == b) for a, b in zip(value.shape, others.shape, strict=True))
+
+
+def fuse_mlps(graph: fx.Graph) -> int:
+    """Rewrites a gated linear layer and the one that makes gate and up, where nothing else needs these, as one operator.
+
+    After the other fusions: it takes the normalisation and the residual along.
+
+    Returns:
+        How many were rewritten.
+    """
+    count = 0
+    for node in list(graph.nodes):
+        if node.target not in _GATED or node.kwargs:
+            continue
+        residual, gate_up, *down, activation = (
+            node.args if node.target in _WITH_RESIDUAL.values() else (None, *node.args)
+        )
+        if gate_up.target not in _MAKES_GATES or len(gate_up.users) > 1 or gate_up.kwargs:
+            continue
+        plain = _is(gate_up, torch.ops.multibatch.packed_linear.default)
+        x, *norm = gate_up.args[:1] + (None, 0.0, 0.0, False) if plain else gate_up.args[:5]
+        first, size = gate_up.args[-5:-1], gate_up.args[-1] // 2
+        arguments = (x, residual, *norm, *first, *down[:-1], size, down[-1], activation)
+        _replace(graph, node, torch.ops.multibatch.gated_mlp.default, arguments)
+        graph.erase_node(gate_up)
+        count += 1
+    return count
 
 
 def fuse_rotary(graph: fx.Graph) -> int:

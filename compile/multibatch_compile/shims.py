@@ -10,8 +10,8 @@ import torch
 from multibatch import ops as _ops  # noqa: F401  declares the operators
 
 _NAMES = (
-    "packed_linear", "gated_linear", "normed_linear", "residual_linear", "gated_residual_linear", "rms_norm",
-    "packed_embedding", "paged_attention", "rotary_attention",
+    "packed_linear", "gated_linear", "normed_linear", "residual_linear", "gated_residual_linear", "gated_mlp",
+    "rms_norm", "packed_embedding", "paged_attention", "rotary_attention",
 )  # fmt: skip
 
 _C_TYPES = {

@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 from multibatch.backends.flat_model import REFERENCE_ATTENTION, FlatDecoder
-from multibatch_compile.fusion import NormOptions, fuse_gates, fuse_norms, fuse_residuals, fuse_rotary, norm_options
+from multibatch_compile.fusion import (
+    NormOptions,
+    fuse_gates,
+    fuse_mlps,
+    fuse_norms,
+    fuse_residuals,
+    fuse_rotary,
+    norm_options,
+)
 from multibatch_compile.model import find_fused
 from multibatch_compile.packing import PackedLinear, Packing, pack, packed_shape
 
@@ -168,6 +176,46 @@ def test_only_sums_of_one_shape_and_one_use_are_rewritten(form: str, count: int)
     program.graph.lint()
     targets = [node.target for node in program.graph.nodes]
     assert (torch.ops.multibatch.packed_linear.default in targets) is (count == 0)
+
+
+class GatedMlp(nn.Module):
+    """A block's gated layers, with or without what stands around them."""
+
+    def __init__(self, form: str) -> None:
+        super().__init__()
+        self.form = form
+        self.weight = nn.Parameter(torch.ones(16))
+        self.gate_up = PackedLinear(torch.randn(64, 16), None, "none")
+        self.down = PackedLinear(torch.randn(16, 32), None, "none")
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        normed = x if self.form == "bare" else torch.ops.multibatch.rms_norm(x, self.weight, 1e-6, 1.0, True)
+        gate_up = x.repeat(1, 4) if self.form == "no layer" else self.gate_up(normed)
+        gate, up = gate_up.split([32, 32], dim=-1)
+        y = self.down(torch.nn.functional.silu(gate) * up)
+        return (y if self.form in ("bare", "alone") else x + y), gate_up if self.form == "shared" else x
+
+
+@pytest.mark.parametrize(("form", "count"), [("whole", 1), ("alone", 1), ("bare", 1), ("shared", 0), ("no layer", 0)])
+def test_only_gated_layers_with_the_layer_of_their_gates_for_themselves_are_rewritten(form: str, count: int) -> None:
+    program = torch.export.export(GatedMlp(form), (torch.randn(3, 16),), strict=False)
+    for fuse in (fuse_gates, fuse_norms, fuse_residuals):
+        fuse(program.graph)
+    assert fuse_mlps(program.graph) == count
+    program.graph.lint()
+    found = [node for node in program.graph.nodes if node.target is torch.ops.multibatch.gated_mlp.default]
+    assert len(found) == count
+    if not found:
+        return
+    names = [str(argument) for argument in found[0].args]
+    around = {
+        "whole": ["x", "x", "p_weight", "1e-06", "1.0", "True"],
+        "alone": ["x", "None", "p_weight", "1e-06", "1.0", "True"],
+    }
+    assert names[:6] == around.get(form, ["x", "None", "None", "0.0", "0.0", "False"])
+    assert names[6::4][:2] == ["p_gate_up_weight", "p_down_weight"]
+    assert found[0].args[-3:] == (32, 16, "silu")
+    assert found[0].meta["val"].shape == (3, 16)
 
 
 class Rotated(nn.Module):

@@ -182,7 +182,8 @@ def test_builders_and_their_compilers_end_with_the_compile(
     for (act, exists, is_late), one in sorted(zip(cases, running, strict=True), key=lambda x: x[0][2]):
         if is_late:
             one.until_file("compiles")
-            assert len(one.others()) >= 2  # the builder, the C++ compiler
+            # The builder, the C++ compiler; a process has no environment to be known by while it becomes another program.
+            one.until(lambda held=one: len(held.others()) >= 2, "compiling")
         else:
             one.until(one.has_builder, "building")
         act(one)

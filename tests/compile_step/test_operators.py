@@ -161,6 +161,46 @@ def test_residual_linear_rounds_the_linear_and_then_the_sum(
     assert torch.equal(gated, residual + operators.gated_linear(gate_up, *rest, "silu"))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantized", [False, True])
+# Rows of one group and of many; an intermediate size beyond one range, and one that is no whole number of panels.
+@pytest.mark.parametrize(
+    ("m", "k", "between"), [(1, 64, 96), (16, 64, 96), (25, 90, 64), (130, 900, 1056), (30, 64, 70)]
+)
+@pytest.mark.parametrize(("activation", "with_rest"), [("silu", True), ("silu", False), ("gelu_tanh", True)])
+def test_gated_mlp_is_what_its_parts_are(
+    dtype: torch.dtype, quantized: bool, m: int, k: int, between: int, activation: str, with_rest: bool
+) -> None:
+    torch.manual_seed(m + between)
+    operators, n = torch.ops.multibatch, 40
+    x, norm = (torch.randn(m, k) * 3).to(dtype), torch.randn(k).to(dtype) if with_rest else None
+    residual = (torch.randn(m, n) * 9).to(dtype) if with_rest else None
+    weights = []
+    for out_features, in_features in ((2 * between, k), (n, between)):
+        w, scales, sums = (torch.randn(out_features, in_features) / in_features**0.5).to(dtype), None, None
+        if quantized:
+            w, scales = reference.quantize_weight(w)
+            sums = w.sum(1, dtype=torch.int32)
+        bias = torch.randn(out_features).to(dtype) if with_rest else None
+        weights.append((pack(w), bias, scales, sums))
+    first, second = weights
+    normed = x if norm is None else operators.rms_norm(x, norm, 1e-6, 1.0, True)
+    gate_up = operators.packed_linear(normed, *first, 2 * between)
+    expected = operators.gated_linear(gate_up, *second, n, activation)
+    if residual is not None:
+        expected = residual + expected
+
+    def mlp(rows: slice) -> torch.Tensor:
+        added = None if residual is None else residual[rows]
+        y: torch.Tensor = operators.gated_mlp(
+            x[rows], added, norm, 1e-6, 1.0, True, *first, *second, between, n, activation
+        )
+        return y
+
+    assert torch.equal(mlp(slice(None)), expected)
+    assert torch.equal(torch.cat([mlp(slice(i, i + 1)) for i in range(m)]), expected)
+
+
 def test_a_residual_of_another_shape_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"the residual must be Float\[3, 32\]"):
         torch.ops.multibatch.residual_linear(

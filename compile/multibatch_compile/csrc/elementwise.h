@@ -141,20 +141,23 @@ inline f32x16 gelu_tanh(f32x16 x) {
   return 0.5f * x * (1.0f + (u < 0.0f ? -t : t));
 }
 
-// out = activation(gate) * up, rounded to T after each, for up to kStretch elements.
+// activation(gate) * up, rounded to T between the two.
 template <typename T>
-void gate_stretch(const T* gate, const T* up, T* out, int64_t n, Activation activation) {
-  alignas(64) float a[kStretch], b[kStretch];
-  std::fill(a + n / 16 * 16, a + kStretch, 0.0f);
-  floats_from(gate, a, n);
-  floats_from(up, b, n);
-  for (int64_t i = 0; i < n; i += 16) {
-    f32x16 x = load_vector<f32x16>(a + i);
-    store_vector(a + i, activation == Activation::silu ? silu(x) : gelu_tanh(x));
-  }
-  round_to<T>(a, n);
-  for (int64_t i = 0; i < n; ++i) a[i] *= b[i];
-  floats_to(a, out, n);
+inline f32x16 gated_product(f32x16 gate, f32x16 up, Activation activation) {
+  return rounded<T>(activation == Activation::silu ? silu(gate) : gelu_tanh(gate)) * up;
+}
+
+// The same for rows of n elements, stored as T.
+template <typename T>
+void gate_row(const T* gate, const T* up, T* out, int64_t n, Activation activation) {
+  int64_t i = 0;
+  for (; i + 16 <= n; i += 16) store_floats(gated_product<T>(floats_of(gate + i), floats_of(up + i), activation), out + i);
+  if (i == n) return;
+  T last[3][16] = {};
+  std::copy(gate + i, gate + n, last[0]);
+  std::copy(up + i, up + n, last[1]);
+  store_floats(gated_product<T>(floats_of(last[0]), floats_of(last[1]), activation), last[2]);
+  std::copy_n(last[2], n - i, out + i);
 }
 
 }  // namespace multibatch

@@ -125,18 +125,23 @@ inline void floats_to(const float* from, T* to, int64_t n) {
   for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);
 }
 
-// The bits of a float rounded to nearest, ties to even, in their upper half; a NaN stays one.
-inline u32x16 bfloat16_bits(f32x16 value) {
+// Sixteen floats as bfloat16, to nearest, ties to even; a NaN stays one. The instruction takes what is below the smallest normal
+// number for zero, as that for products does.
+inline u16x16 bfloat16_of(f32x16 value) {
+#ifdef __AVX512BF16__
+  return (u16x16)_mm512_cvtneps_pbh((__m512)value);
+#else
   u32x16 bits = load_vector<u32x16>(&value);
-  u32x16 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
-  return value == value ? rounded : u32x16{} + 0x7fc00000u;
+  u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return narrow(value == value ? rounded : u32x16{} + 0x7fc0u);
+#endif
 }
 
 // Sixteen floats, each the nearest that T can hold.
 template <typename T>
 inline f32x16 rounded(f32x16 value) {
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    const u32x16 bits = bfloat16_bits(value) & 0xffff0000u;
+    const u32x16 bits = widen(bfloat16_of(value)) << 16;
     return load_vector<f32x16>(&bits);
   } else if constexpr (std::is_same_v<T, c10::Half>) {
     c10::Half halves[16];
@@ -149,7 +154,7 @@ inline f32x16 rounded(f32x16 value) {
 
 // Sixteen floats, stored as another type.
 inline void store_floats(f32x16 value, float* to) { store_vector(to, value); }
-inline void store_floats(f32x16 value, c10::BFloat16* to) { store_vector(to, narrow(bfloat16_bits(value) >> 16)); }
+inline void store_floats(f32x16 value, c10::BFloat16* to) { store_vector(to, bfloat16_of(value)); }
 inline void store_floats(f32x16 value, c10::Half* to) { store_halves(value, to); }
 
 inline void floats_to(const float* from, c10::BFloat16* to, int64_t n) {

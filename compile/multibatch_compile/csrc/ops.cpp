@@ -165,6 +165,7 @@ TORCH_LIBRARY_IMPL(multibatch, CPU, library) {
   library.impl("normed_linear", multibatch::normed_linear);
   library.impl("residual_linear", multibatch::residual_linear);
   library.impl("gated_residual_linear", multibatch::gated_residual_linear);
+  library.impl("gated_mlp", multibatch::gated_mlp);
   library.impl("rms_norm", multibatch::rms_norm);
   library.impl("chunk_maxima", multibatch::chunk_maxima);
   library.impl("first_maxima", multibatch::first_maxima);

@@ -157,6 +157,17 @@ inline void panel_product(const int8_t* w, const uint32_t* x, int64_t units, Ahe
   }
 }
 
+// Where activation(gate) * up goes, of outputs that are [gate, up], rounded to T: rows of E, in stretches of `stretch` numbers,
+// `stretch_stride` apart. E: T, or float where the next layer reads floats.
+template <typename W, typename T>
+struct GatedOutputs {
+  using E = std::conditional_t<std::is_same_v<typename Format<W>::Lane, float>, float, T>;
+  E* rows = nullptr;  // null: outputs are stored as they are
+  int64_t row_stride = 0, stretch = 1, stretch_stride = 0;
+  Activation activation = Activation::silu;
+  E* at(int64_t row, int64_t i) const { return rows + i / stretch * stretch_stride + row * row_stride + i % stretch; }
+};
+
 // One call of the operator. T: dtype of x, b and y; W: of the packed weight, T or int8.
 template <typename W, typename T>
 struct LinearCall {
@@ -170,12 +181,19 @@ struct LinearCall {
   const T* residual;       // [M, N] or null: added to y, which was rounded to T before
   T* y;                    // [M, N]
   int64_t M, N, units;
+  GatedOutputs<W, T> gated = {};  // instead of y
 };
+
+constexpr int64_t kBlockGroups = 8;  // of rows, in a tile of many
+
+// From the sums of a group of rows over a panel to those over the next panel of the tile.
+constexpr int64_t kPanelSums = kBlockGroups * kMaxRows * 2;
 
 // Rows of a call in groups of nearly equal size.
 struct Groups {
   int64_t num_rows, count;
   explicit Groups(int64_t m) : num_rows(m), count((m + kMaxRows - 1) / kMaxRows) {}
+  bool are_many() const { return count > 2; }
   int64_t start(int64_t g) const { return g * (num_rows / count) + std::min(g, num_rows % count); }
   int size(int64_t g) const { return static_cast<int>(start(g + 1) - start(g)); }
 };
@@ -191,6 +209,30 @@ inline void outputs_of(const E* from, int64_t n, V (&to)[2]) {
   }
 }
 
+// Sums of rows of a panel as numbers, sixteen at a time, before the bias.
+template <typename W, typename T>
+struct SumsOf {
+  const f32x16* sums;  // [rows][2]
+  SumsOf(const LinearCall<W, T>&, int64_t, int64_t, const f32x16* sums) : sums(sums) {}
+  f32x16 operator()(int r, int half) const { return sums[2 * r + half]; }
+};
+template <typename T>
+struct SumsOf<int8_t, T> {
+  const i32x16* sums;
+  const float* x_scales;  // of these rows
+  f32x16 scales[2];
+  i32x16 shifts[2];
+  SumsOf(const LinearCall<int8_t, T>& c, int64_t panel, int64_t row, const i32x16* sums)
+      : sums(sums), x_scales(c.x_scales + row) {
+    outputs_of(c.scales + panel * kPanel, c.N - panel * kPanel, scales);
+    outputs_of(c.sums + panel * kPanel, c.N - panel * kPanel, shifts);
+  }
+  f32x16 operator()(int r, int half) const {
+    const i32x16 exact = sums[2 * r + half] - (shifts[half] << 7);  // x was 128 too large
+    return __builtin_convertvector(exact, f32x16) * (scales[half] * x_scales[r]);
+  }
+};
+
 // Where outputs of a panel lie, rows `stride` apart, and what is added to them.
 template <typename T>
 struct PanelOutputs {
@@ -199,57 +241,67 @@ struct PanelOutputs {
   int64_t stride;
 };
 
-// Stores rows of a panel. value_of(r, half): sixteen sums of row r, times the scales.
-template <typename T, typename ValueOf>
-inline void store_rows(const PanelOutputs<T>& to, int rows, const ValueOf& value_of) {
+template <typename T, typename Sums>
+inline void store_rows(const PanelOutputs<T>& to, int rows, const Sums& sums) {
   f32x16 bias[2] = {};
   if (to.bias) bias[0] = floats_of(to.bias), bias[1] = floats_of(to.bias + 16);
   for (int r = 0; r < rows; ++r)
     for (int half = 0; half < 2; ++half) {
       const int64_t at = r * to.stride + 16 * half;
-      f32x16 value = value_of(r, half) + bias[half];
+      f32x16 value = sums(r, half) + bias[half];
       if (to.residual) value = rounded<T>(value) + floats_of(to.residual + at);
       store_floats(value, to.y + at);
     }
 }
 
 // The same for rows [row, row + rows) of the last panel of a call, which has fewer outputs than others: by way of a copy.
-template <typename W, typename T, typename ValueOf>
-void store_last_rows(const LinearCall<W, T>& c, int64_t first, int64_t row, int rows, const ValueOf& value_of) {
+template <typename W, typename T>
+void store_last_rows(const LinearCall<W, T>& c, int64_t first, int64_t row, int rows, const SumsOf<W, T>& sums) {
   T bias[kPanel] = {}, residual[kMaxRows * kPanel] = {}, y[kMaxRows * kPanel];
   const int64_t n = c.N - first;
   if (c.bias) std::copy_n(c.bias + first, n, bias);
   for (int r = 0; c.residual && r < rows; ++r) std::copy_n(c.residual + (row + r) * c.N + first, n, residual + r * kPanel);
-  store_rows<T>({bias, c.residual ? residual : nullptr, y, kPanel}, rows, value_of);
+  store_rows<T>({bias, c.residual ? residual : nullptr, y, kPanel}, rows, sums);
   for (int r = 0; r < rows; ++r) std::copy_n(y + r * kPanel, n, c.y + (row + r) * c.N + first);
 }
 
-template <typename W, typename T, typename ValueOf>
-inline void store_rows(const LinearCall<W, T>& c, int64_t panel, int64_t row, int rows, const ValueOf& value_of) {
-  const int64_t first = panel * kPanel, at = row * c.N + first;
-  if (c.N - first < kPanel) return store_last_rows(c, first, row, rows, value_of);
-  store_rows<T>({c.bias ? c.bias + first : nullptr, c.residual ? c.residual + at : nullptr, c.y + at, c.N}, rows, value_of);
+// activation(gate) * up, each rounded to T on the way, of a panel of each.
+template <typename W, typename T>
+inline void store_gated_rows(const LinearCall<W, T>& c, int64_t panel, int64_t row, int rows, const SumsOf<W, T>& gates,
+                             const SumsOf<W, T>& ups) {
+  const int64_t first = panel * kPanel;
+  f32x16 biases[2][2] = {};
+  for (int half = 0; c.bias && half < 2; ++half) {
+    biases[0][half] = floats_of(c.bias + first + 16 * half);
+    biases[1][half] = floats_of(c.bias + c.N / 2 + first + 16 * half);
+  }
+  for (int r = 0; r < rows; ++r) {
+    auto* const to = c.gated.at(row + r, first);
+    for (int half = 0; half < 2; ++half) {
+      const f32x16 gate = rounded<T>(gates(r, half) + biases[0][half]), up = rounded<T>(ups(r, half) + biases[1][half]);
+      const f32x16 product = gated_product<T>(gate, up, c.gated.activation);
+      if constexpr (std::is_same_v<typename GatedOutputs<W, T>::E, T>) {
+        store_floats(product, to + 16 * half);
+      } else {
+        store_floats(rounded<T>(product), to + 16 * half);
+      }
+    }
+  }
 }
 
 // Stores the rows whose sums, [rows][2], are complete. Once for many products, and no part of the loop that makes them.
-template <typename T>
-__attribute__((noinline)) void finish_rows(const LinearCall<T, T>& c, int64_t panel, int64_t row, int rows,
-                                           const f32x16* sums) {
-  store_rows(c, panel, row, rows, [&](int r, int half) { return sums[2 * r + half]; });
-}
-
-template <typename T>
-__attribute__((noinline)) void finish_rows(const LinearCall<int8_t, T>& c, int64_t panel, int64_t row, int rows,
-                                           const i32x16* sums) {
-  const int64_t first = panel * kPanel;
-  f32x16 scales[2];
-  i32x16 shifts[2];
-  outputs_of(c.scales + first, c.N - first, scales);
-  outputs_of(c.sums + first, c.N - first, shifts);
-  store_rows(c, panel, row, rows, [&](int r, int half) {
-    const i32x16 exact = sums[2 * r + half] - (shifts[half] << 7);  // x was 128 too large
-    return __builtin_convertvector(exact, f32x16) * (scales[half] * c.x_scales[row + r]);
-  });
+template <typename W, typename T>
+__attribute__((noinline)) void finish_rows(const LinearCall<W, T>& c, int64_t panel, int64_t row, int rows,
+                                           const typename Format<W>::Acc* sums) {
+  const int64_t first = panel * kPanel, at = row * c.N + first, half = c.N / 2 / kPanel;
+  if (c.gated.rows) {
+    if (panel < half) return;  // its sums wait for those of the other half
+    const SumsOf<W, T> gates(c, panel - half, row, sums - kPanelSums), ups(c, panel, row, sums);
+    return store_gated_rows(c, panel - half, row, rows, gates, ups);
+  }
+  const SumsOf<W, T> numbers(c, panel, row, sums);
+  if (c.N - first < kPanel) return store_last_rows(c, first, row, rows, numbers);
+  store_rows<T>({c.bias ? c.bias + first : nullptr, c.residual ? c.residual + at : nullptr, c.y + at, c.N}, rows, numbers);
 }
 
 // Units [from, to) of one panel, all of them, some chunks or a range within one chunk; and what to fetch meanwhile.
@@ -300,19 +352,19 @@ void panel_rows_of(int rows, const LinearCall<W, T>& c, const Range& range, int6
 
 // How a call is cut into tiles. One group of rows: a panel each, read once from end to end. Two: some panels each; the
 // second group follows the first over a short range, and each of them fetches half of the next range from memory, which
-// else would rest while the second computes. Many: a block of rows by a few panels, over ranges that keep both in the
-// core's own caches, each group fetching its share of the range that comes next. Short ranges cost: at each end the sums are
-// put down and taken up.
+// else would rest while the second computes. Many: a block of rows by a few panels (of gate and up, one of each), over ranges
+// that keep both in the core's own caches, each group fetching its share of the range that comes next. Short ranges cost: at
+// each end the sums are put down and taken up.
 struct Tiling {
-  static constexpr int64_t kBlockGroups = 8, kBlockPanels = 2, kPairPanels = 2, kBlockChunks = 4, kFewTiles = 64;
+  static constexpr int64_t kBlockPanels = 2, kPairPanels = 2, kBlockChunks = 4, kFewTiles = 64;
   Groups groups;
   int64_t panels, panels_per_tile, row_blocks;
-  Tiling(int64_t m, int64_t n) : groups(m), panels((n + kPanel - 1) / kPanel) {
+  Tiling(int64_t m, int64_t n, bool gated) : groups(m), panels((n + kPanel - 1) / kPanel) {
     panels_per_tile = groups.count == 1 ? 1 : groups.count == 2 ? kPairPanels : kBlockPanels;
     row_blocks = (groups.count + kBlockGroups - 1) / kBlockGroups;
-    if (tiles_are_long() && count() < kFewTiles) panels_per_tile = 1;  // the last tiles end together
+    if (tiles_are_long() && !gated && count() < kFewTiles) panels_per_tile = 1;  // the last tiles end together
   }
-  bool tiles_are_long() const { return groups.count > 2; }
+  bool tiles_are_long() const { return groups.are_many(); }
   // Units in a range of a block.
   template <typename W>
   static int64_t block_units() {
@@ -327,7 +379,7 @@ struct Tiling {
 
 template <typename Acc>
 Acc* carries() {
-  static thread_local std::vector<Acc> memory(Tiling::kBlockPanels * Tiling::kBlockGroups * kMaxRows * 2);
+  static thread_local std::vector<Acc> memory(Tiling::kBlockPanels * kBlockGroups * kMaxRows * 2);
   return memory.data();
 }
 
@@ -357,25 +409,25 @@ void single_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, in
   }
 }
 
-// Panels [p0, p1) by groups [g0, g1). `next_panel`: with which the tile after this one begins.
+// Every `step`th of the panels [p0, p1) by groups [g0, g1). `next_panel`: with which the tile after this one begins.
 template <typename W, typename T>
-void block_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int64_t p1, int64_t g0, int64_t g1,
+void block_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int64_t p1, int64_t step, int64_t g0, int64_t g1,
                 int64_t next_panel) {
   constexpr int64_t unit = Format<W>::unit * kPanel * sizeof(W);
   typename Format<W>::Acc* const carry = carries<typename Format<W>::Acc>();
   const int64_t length = Tiling::block_units<W>();
   for (int64_t from = 0; from == 0 || from < c.units; from += length)
-    for (int64_t p = p0; p < p1; ++p) {
+    for (int64_t p = p0; p < p1; p += step) {
       const int64_t to = std::min(from + length, c.units);
       // What is multiplied next: another panel over these units, then the first one over more, then the next tile's.
-      const bool is_last = p + 1 == p1, is_end = is_last && to == c.units;
-      const int64_t then = is_end ? 0 : is_last ? to : from, panel = is_end ? next_panel : is_last ? p0 : p + 1;
+      const bool is_last = p + step >= p1, is_end = is_last && to == c.units;
+      const int64_t then = is_end ? 0 : is_last ? to : from, panel = is_end ? next_panel : is_last ? p0 : p + step;
       const int64_t share = (std::min(then + length, c.units) - then) * unit / (g1 - g0);
       const char *soon = weights_at(c, p, from) + kPrefetchBytes, *next = weights_at(c, panel, then);
       for (int64_t g = g0; g < g1; ++g, next += share) {
         // Of its own weights every other line, since they lie in the core's cache but for the first group.
         const Range range{p, from, to, {soon, next, unit, share / std::max<int64_t>(to - from, 1) + 1}};
-        typename Format<W>::Acc* held = carry + ((p - p0) * Tiling::kBlockGroups + (g - g0)) * kMaxRows * 2;
+        typename Format<W>::Acc* held = carry + (p - p0) / step * kPanelSums + (g - g0) * kMaxRows * 2;
         panel_rows_of<W, T>(tiling.groups.size(g), c, range, tiling.groups.start(g), held);
       }
     }
@@ -389,7 +441,12 @@ void linear_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t tile) 
   if (count == 1) return single_tile(c, tiling, p0, p1);
   if (count == 2) return pair_tile(c, tiling, p0, p1);
   const int64_t g0 = block * count / tiling.row_blocks, g1 = (block + 1) * count / tiling.row_blocks;
-  block_tile(c, tiling, p0, p1, g0, g1, block + 1 < tiling.row_blocks ? p0 : std::min(p1, tiling.panels - 1));
+  const bool is_last_block = block + 1 == tiling.row_blocks;
+  if (c.gated.rows) {
+    const int64_t pair = tile / tiling.row_blocks, half = tiling.panels / 2, next = std::min(pair + is_last_block, half - 1);
+    return block_tile(c, tiling, pair, pair + half + 1, half, g0, g1, next);
+  }
+  block_tile(c, tiling, p0, p1, 1, g0, g1, is_last_block ? std::min(p1, tiling.panels - 1) : p0);
 }
 
 // Lays one row of x, [K], out for the micro-kernel: lane l goes to out[l / kChunk][l % kChunk], chunks `distance` apart.

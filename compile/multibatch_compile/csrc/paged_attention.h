@@ -174,7 +174,7 @@ inline void put_lanes(const float* floats, uint32_t* lanes, int64_t n) {
 inline void put_vector(f32x16 v, float* lanes) { store_vector(lanes, v); }
 
 #ifdef __AVX512BF16__
-inline void put_vector(f32x16 v, uint32_t* lanes) { store_vector(lanes, _mm512_cvtneps_pbh((__m512)v)); }
+inline void put_vector(f32x16 v, uint32_t* lanes) { store_vector(lanes, bfloat16_of(v)); }
 #endif
 
 inline void apply_softcap(float* scores, int64_t n, float softcap) {

@@ -55,6 +55,17 @@ MULTIBATCH_SHIM(gated_residual_linear,
                 AtenTensorHandle residual, AtenTensorHandle gate_up, AtenTensorHandle weight, AtenTensorHandle* bias,
                 AtenTensorHandle* scales, AtenTensorHandle* sums, int64_t out_features, const char* activation)
 
+MULTIBATCH_SHIM(gated_mlp,
+                multibatch::gated_mlp(tensor(x), tensor(residual), tensor(norm), epsilon, offset, round_first,
+                                      tensor(gate_up), tensor(gate_up_bias), tensor(gate_up_scales),
+                                      tensor(gate_up_sums), tensor(down), tensor(down_bias), tensor(down_scales),
+                                      tensor(down_sums), intermediate_size, out_features, activation),
+                AtenTensorHandle x, AtenTensorHandle* residual, AtenTensorHandle* norm, double epsilon, double offset,
+                int32_t round_first, AtenTensorHandle gate_up, AtenTensorHandle* gate_up_bias,
+                AtenTensorHandle* gate_up_scales, AtenTensorHandle* gate_up_sums, AtenTensorHandle down,
+                AtenTensorHandle* down_bias, AtenTensorHandle* down_scales, AtenTensorHandle* down_sums,
+                int64_t intermediate_size, int64_t out_features, const char* activation)
+
 MULTIBATCH_SHIM(rms_norm, multibatch::rms_norm(tensor(x), tensor(weight), epsilon, offset, round_first),
                 AtenTensorHandle x, AtenTensorHandle weight, double epsilon, double offset, int32_t round_first)
 
