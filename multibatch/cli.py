@@ -86,7 +86,7 @@ main.add_command(bench)
 @click.option(
     "--prefill-chunk-sizes", callback=_sizes, help="A padded prefill program each; default: none, any length."
 )
-@click.option("--max-num-batched-tokens", type=int, help="Prompt tokens of one call of any length; default 512.")
+@click.option("--max-num-batched-tokens", type=int, help="Prompt tokens of one call of any length; default 1024.")
 @click.option("--dtype", help="bfloat16, float16 or float32; default: the checkpoint's.")
 @click.option("--quantization", default="none", show_default=True, help="none, or int8: a byte per weight.")
 @click.option("--backend", default="inductor", show_default=True, help="inductor, or eager (nothing compiled).")

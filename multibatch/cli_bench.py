@@ -178,6 +178,7 @@ def _goodput(_: click.Context, __: click.Parameter, values: Sequence[str]) -> di
     "--goodput", multiple=True, callback=_goodput, help="ttft:MS, tpot:MS or e2el:MS; may be given more than once."
 )
 @click.option("--max-num-seqs", type=int)
+@click.option("--max-num-batched-tokens", type=int, help="Prompt tokens of a step; default: all that were compiled.")
 @click.option("--num-kv-blocks", type=int)
 @click.option("--dynamic-batching", default="off", show_default=True, help="off, linear or statistical.")
 @click.option("--target-inter-token-ms", type=float)

@@ -22,6 +22,7 @@ DYNAMIC_BATCHING: Final = ("off", "linear", "statistical")
 _WHOLE_NUMBERS: Final = (
     "max_num_seqs",
     "max_seq_len",
+    "max_num_batched_tokens",
     "kv_cache_memory_bytes",
     "num_kv_blocks",
     "num_threads",
@@ -43,6 +44,9 @@ class EngineConfig:
     """Sequences running at once; None: what the artifact was compiled for."""
     max_seq_len: int | None = None
     """Longest sequence served; None: what the artifact was compiled for."""
+    max_num_batched_tokens: int | None = None
+    """Prompt tokens of one step, which all decode rows of that step wait for; None: what the artifact was compiled for,
+    in `AsyncEngine` 512 of it at most."""
     kv_cache_memory_bytes: int | None = None
     """Bytes of the KV pool; None: room for max_num_seqs sequences of max_seq_len, within half the free memory."""
     num_kv_blocks: int | None = None

@@ -15,7 +15,7 @@ from multibatch.backends.base import DTYPES, LoadedPrograms
 from multibatch.backends.load import load_programs
 from multibatch.config import EngineConfig
 from multibatch.cost import CostModel
-from multibatch.engine_limits import limit_of, pool_blocks
+from multibatch.engine_limits import limit_of, pool_blocks, prefill_tokens
 from multibatch.errors import ConfigError, StepError
 from multibatch.intake import Intake
 from multibatch.kv.allocator import BlockAllocator
@@ -65,7 +65,7 @@ class Engine:
             max_num_seqs=self.max_num_seqs,
             max_seq_len=self.max_seq_len,
             block_size=manifest.kv.block_size,
-            max_prefill_tokens=manifest.max_prefill_tokens,
+            max_prefill_tokens=prefill_tokens(manifest, config.max_num_batched_tokens),
             max_prefill_rows=manifest.max_prefill_rows,
             queue_policy=config.scheduling_policy,  # type: ignore[arg-type]
             priority_patience=config.priority_patience,

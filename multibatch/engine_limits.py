@@ -27,6 +27,16 @@ def limit_of(name: str, asked: int | None, compiled: int, option: str) -> int:
     return asked
 
 
+def prefill_tokens(manifest: Manifest, asked: int | None) -> int:
+    """Prompt tokens of a step.
+
+    Raises:
+        ConfigError: more than the largest program takes.
+    """
+    option = "--max-num-batched-tokens" if manifest.step is not None else "--prefill-chunk-sizes"
+    return limit_of("max_num_batched_tokens", asked, manifest.max_prefill_tokens, option)
+
+
 def pool_blocks(manifest: Manifest, config: EngineConfig, max_num_seqs: int, max_seq_len: int) -> int:
     """Blocks of the KV pool besides the scratch block.
 

@@ -21,6 +21,7 @@ def open_engine(
     *,
     max_model_len: int | None = None,
     compile_options: Mapping[str, Any] | None = None,
+    usual_batched_tokens: int | None = None,
     **options: Any,
 ) -> tuple[Artifact, Engine]:
     """An engine over an artifact, or over a model that is compiled into the cache first.
@@ -29,6 +30,7 @@ def open_engine(
         model: an artifact's folder, or a Hugging Face model's folder or hub id.
         max_model_len: `EngineConfig.max_seq_len` by vLLM's name.
         compile_options: for a model: keyword arguments of `multibatch_compile.compile_model`.
+        usual_batched_tokens: `EngineConfig.max_num_batched_tokens` where that is None and the artifact has more.
         options: fields of `EngineConfig`.
 
     Raises:
@@ -42,6 +44,9 @@ def open_engine(
         options["max_seq_len"] = max_model_len
     config = EngineConfig(**options)
     artifact = open_or_compile(model, compile_options or {})
+    if config.max_num_batched_tokens is None and usual_batched_tokens is not None:
+        most = min(usual_batched_tokens, artifact.manifest.max_prefill_tokens)
+        config = dataclasses.replace(config, max_num_batched_tokens=most)
     return artifact, Engine(artifact, config)
 
 

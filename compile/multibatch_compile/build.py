@@ -91,7 +91,7 @@ def compile_model(
         block_size: tokens per KV block.
         prefill_chunk_sizes: tokens of each prefill program, to which prompts are padded; default: none, one program takes
             prompts of any length, and decode rows with them.
-        max_num_batched_tokens: prompt tokens of one call of that program; default 512.
+        max_num_batched_tokens: prompt tokens of one call of that program; default 1,024.
         dtype: bfloat16, float16 or float32; default: the checkpoint's.
         quantization: none, or int8: weights of one byte with a scale per output, activations rounded per token.
         backend: inductor (AOTInductor programs) or eager (transformers' own code, nothing compiled).

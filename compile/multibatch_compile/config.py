@@ -20,7 +20,7 @@ ANY = "any"
 
 _MAX_PREFILL_ROWS = 16
 _DEFAULT_MAX_NUM_SEQS = 8
-_DEFAULT_BATCHED_TOKENS = 512
+_DEFAULT_BATCHED_TOKENS = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

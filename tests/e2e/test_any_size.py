@@ -12,6 +12,7 @@ from multibatch import LLM, SamplingParams
 from multibatch.artifact import Artifact
 from multibatch.cli import main
 from multibatch.errors import ConfigError
+from multibatch.open_engine import open_engine
 from multibatch_compile import add_size, compile_model, prune, verify_artifact
 
 MOST = 5
@@ -40,6 +41,31 @@ def test_tokens_equal_those_of_decoders_of_fixed_sizes(any_size: Path, demo_arti
     assert {f"decoder_batch_{n}" for n in range(1, MOST + 1)} <= {record.program for record in records}
     # More calls than prompts would need alone: the budget cuts them, and decode rows ride along.
     assert sum(record.num_live for record in records if record.program == "step") > sum(map(len, prompts))
+
+
+def test_fewer_prompt_tokens_a_step(any_size: Path) -> None:
+    prompts, params = [list(range(20, 110)), [30, 31]], SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)
+
+    def generated(most: int | None) -> tuple[list[list[int]], int]:
+        llm = LLM(any_size, num_threads=2, max_num_batched_tokens=most)
+        tokens = [o.outputs[0].token_ids for o in llm.generate(prompts, params, use_tqdm=False)]
+        return tokens, max(record.num_live for record in llm.take_records())
+
+    whole, some = generated(None), generated(16)
+    assert whole[0] == some[0]
+    assert (whole[1], some[1]) == (40, 16)
+    with pytest.raises(ConfigError, match=r"max_num_batched_tokens is 41.*--max-num-batched-tokens 41"):
+        LLM(any_size, max_num_batched_tokens=41)
+
+
+@pytest.mark.parametrize(
+    ("usual", "asked", "expected"), [(None, None, 40), (16, None, 16), (512, None, 40), (16, 24, 24)]
+)
+def test_the_usual_prompt_tokens_a_step_hold_where_nobody_asks(
+    any_size: Path, usual: int | None, asked: int | None, expected: int
+) -> None:
+    _, engine = open_engine(any_size, usual_batched_tokens=usual, max_num_batched_tokens=asked)
+    assert engine.limits.max_prefill_tokens == expected
 
 
 def test_what_was_proven_of_it(any_size: Path) -> None:
