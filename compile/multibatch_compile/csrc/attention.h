@@ -199,9 +199,9 @@ inline void check(const Call& call, int64_t num_blocks) {
 }
 
 inline at::Tensor attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value, const Rotary& rotary,
-                     at::Tensor key_pool, at::Tensor value_pool, const at::Tensor& slot_mapping,
-                     const at::Tensor& cu_seqlens, const at::Tensor& block_tables, const at::Tensor& seq_lens,
-                     const std::optional<at::Tensor>& sinks, double scale, int64_t sliding_window, double softcap) {
+                            at::Tensor key_pool, at::Tensor value_pool, const at::Tensor& slot_mapping,
+                            const at::Tensor& cu_seqlens, const at::Tensor& block_tables, const at::Tensor& seq_lens,
+                            const std::optional<at::Tensor>& sinks, double scale, int64_t sliding_window, double softcap) {
   TORCH_CHECK(key_pool.is_contiguous() && value_pool.is_contiguous(), "paged_attention: the pool must be contiguous");
   TORCH_CHECK(query.scalar_type() == key_pool.scalar_type() && key.scalar_type() == key_pool.scalar_type() &&
                   value.scalar_type() == value_pool.scalar_type(),
@@ -242,20 +242,20 @@ inline at::Tensor attention(const at::Tensor& query, const at::Tensor& key, cons
 }
 
 inline at::Tensor paged_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                           at::Tensor key_pool, at::Tensor value_pool, const at::Tensor& slot_mapping,
-                           const at::Tensor& cu_seqlens, const at::Tensor& block_tables, const at::Tensor& seq_lens,
-                           const std::optional<at::Tensor>& sinks, double scale, int64_t sliding_window,
-                           double softcap) {
+                                  at::Tensor key_pool, at::Tensor value_pool, const at::Tensor& slot_mapping,
+                                  const at::Tensor& cu_seqlens, const at::Tensor& block_tables, const at::Tensor& seq_lens,
+                                  const std::optional<at::Tensor>& sinks, double scale, int64_t sliding_window,
+                                  double softcap) {
   return attention(query, key, value, {}, key_pool, value_pool, slot_mapping, cu_seqlens, block_tables, seq_lens, sinks,
                    scale, sliding_window, softcap);
 }
 
 inline at::Tensor rotary_attention(const at::Tensor& query, const at::Tensor& key, const at::Tensor& value,
-                            const at::Tensor& cos, const at::Tensor& sin, at::Tensor key_pool, at::Tensor value_pool,
-                            const at::Tensor& slot_mapping, const at::Tensor& cu_seqlens,
-                            const at::Tensor& block_tables, const at::Tensor& seq_lens,
-                            const std::optional<at::Tensor>& sinks, double scale, int64_t sliding_window,
-                            double softcap) {
+                                   const at::Tensor& cos, const at::Tensor& sin, at::Tensor key_pool, at::Tensor value_pool,
+                                   const at::Tensor& slot_mapping, const at::Tensor& cu_seqlens,
+                                   const at::Tensor& block_tables, const at::Tensor& seq_lens,
+                                   const std::optional<at::Tensor>& sinks, double scale, int64_t sliding_window,
+                                   double softcap) {
   const int64_t dims = cos.size(-1), most = std::min(query.size(3), kStretch);
   TORCH_CHECK(cos.sizes() == sin.sizes() && cos.numel() == query.size(2) * dims && dims % 2 == 0 && dims <= most,
               "rotary_attention: cosines ", cos.sizes(), " and sines ", sin.sizes(), "; allowed: [1, 1, ", query.size(2),

@@ -67,7 +67,7 @@ void multiply(const LinearCall<W, T>& call) {
   if (tiling.tiles_are_long()) {
     pool.expect({});
   } else {
-    const int64_t bytes = tiling.panels_per_tile * call.units * kPanel * Format<W>::unit * sizeof(W);
+    const int64_t bytes = tiling.panels_per_tile * call.units * kUnitBytes<W>;
     const char* const packed = reinterpret_cast<const char*>(call.packed);
     pool.expect(Succession::of_this_thread().after({packed, tiling.count(), bytes}));
   }
@@ -233,23 +233,23 @@ inline void check_norm(const at::Tensor& x, const at::Tensor& weight) {
 }
 
 inline at::Tensor packed_linear(const at::Tensor& x, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
-                         const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& sums,
-                         int64_t out_features) {
+                                const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& sums,
+                                int64_t out_features) {
   return linear(x, {packed, bias, scales, sums, out_features}, Plain{});
 }
 
 inline at::Tensor normed_linear(const at::Tensor& x, const at::Tensor& norm, double epsilon, double offset, bool round_first,
-                         const at::Tensor& packed, const std::optional<at::Tensor>& bias,
-                         const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& sums,
-                         int64_t out_features) {
+                                const at::Tensor& packed, const std::optional<at::Tensor>& bias,
+                                const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& sums,
+                                int64_t out_features) {
   check_norm(x, norm);
   const NormOptions options{static_cast<float>(epsilon), static_cast<float>(offset), round_first};
   return linear(x, {packed, bias, scales, sums, out_features}, Normed{norm, options});
 }
 
 inline at::Tensor residual_linear(const at::Tensor& residual, const at::Tensor& x, const at::Tensor& packed,
-                           const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& scales,
-                           const std::optional<at::Tensor>& sums, int64_t out_features) {
+                                  const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& scales,
+                                  const std::optional<at::Tensor>& sums, int64_t out_features) {
   return linear(x, {packed, bias, scales, sums, out_features}, Plain{}, residual);
 }
 
@@ -261,15 +261,15 @@ inline Gated gate_of(int64_t gate_up, c10::string_view activation) {
 }
 
 inline at::Tensor gated_linear(const at::Tensor& gate_up, const at::Tensor& packed, const std::optional<at::Tensor>& bias,
-                        const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& sums,
-                        int64_t out_features, c10::string_view activation) {
+                               const std::optional<at::Tensor>& scales, const std::optional<at::Tensor>& sums,
+                               int64_t out_features, c10::string_view activation) {
   return linear(gate_up, {packed, bias, scales, sums, out_features}, gate_of(gate_up.size(-1), activation));
 }
 
 inline at::Tensor gated_residual_linear(const at::Tensor& residual, const at::Tensor& gate_up, const at::Tensor& packed,
-                                 const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& scales,
-                                 const std::optional<at::Tensor>& sums, int64_t out_features,
-                                 c10::string_view activation) {
+                                        const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& scales,
+                                        const std::optional<at::Tensor>& sums, int64_t out_features,
+                                        c10::string_view activation) {
   return linear(gate_up, {packed, bias, scales, sums, out_features}, gate_of(gate_up.size(-1), activation), residual);
 }
 

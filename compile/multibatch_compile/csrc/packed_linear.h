@@ -64,6 +64,10 @@ int64_t units_of(int64_t k) {
   return (k + Format<W>::unit - 1) / Format<W>::unit;
 }
 
+// Bytes of a unit of all outputs of a panel.
+template <typename W>
+constexpr int64_t kUnitBytes = Format<W>::unit * kPanel * sizeof(W);
+
 // What a pass over a range of weights fetches ahead with each unit: a line of each of two streams.
 struct Ahead {
   const char *first, *second;
@@ -313,7 +317,7 @@ struct Range {
 // Where a unit of a panel begins.
 template <typename W, typename T>
 const char* weights_at(const LinearCall<W, T>& c, int64_t panel, int64_t unit) {
-  return reinterpret_cast<const char*>(c.packed + (panel * c.units + unit) * kPanel * Format<W>::unit);
+  return reinterpret_cast<const char*>(c.packed) + (panel * c.units + unit) * kUnitBytes<W>;
 }
 
 // A range for one group of R rows. `carry`, [R][2], holds the group's sums between two ranges.
@@ -370,7 +374,7 @@ struct Tiling {
   static int64_t block_units() {
     constexpr int64_t chunk = kChunk / Format<W>::lanes;
     constexpr int64_t bytes = chunk * (kBlockGroups * kMaxRows * Format<W>::lanes * sizeof(typename Format<W>::Lane) +
-                                       kBlockPanels * kPanel * Format<W>::unit * sizeof(W));
+                                       kBlockPanels * kUnitBytes<W>);
     return chunk * std::clamp<int64_t>(second_level_cache() * 2 / 3 / bytes, 1, kBlockChunks);
   }
   // Tiles that share panels follow each other, so that the panels are still in the shared cache.
@@ -386,7 +390,7 @@ Acc* carries() {
 template <typename W, typename T>
 void pair_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int64_t p1) {
   using Acc = typename Format<W>::Acc;
-  constexpr int64_t unit = Format<W>::unit * kPanel * sizeof(W), length = Format<W>::range, bytes = length * unit;
+  constexpr int64_t unit = kUnitBytes<W>, length = Format<W>::range, bytes = length * unit;
   static_assert(kChunk / Format<W>::lanes % length == 0);  // a range lies within one chunk
   Acc* const carry = carries<Acc>();
   for (int64_t p = p0; p < p1; ++p)
@@ -401,7 +405,7 @@ void pair_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int6
 
 template <typename W, typename T>
 void single_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int64_t p1) {
-  constexpr int64_t unit = Format<W>::unit * kPanel * sizeof(W);
+  constexpr int64_t unit = kUnitBytes<W>;
   for (int64_t p = p0; p < p1; ++p) {
     const char* const soon = weights_at(c, p, 0) + kPrefetchBytes;
     const Range range{p, 0, c.units, {soon, soon + 64, unit, unit}};
@@ -413,7 +417,7 @@ void single_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, in
 template <typename W, typename T>
 void block_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int64_t p1, int64_t step, int64_t g0, int64_t g1,
                 int64_t next_panel) {
-  constexpr int64_t unit = Format<W>::unit * kPanel * sizeof(W);
+  constexpr int64_t unit = kUnitBytes<W>;
   typename Format<W>::Acc* const carry = carries<typename Format<W>::Acc>();
   const int64_t length = Tiling::block_units<W>();
   for (int64_t from = 0; from == 0 || from < c.units; from += length)
