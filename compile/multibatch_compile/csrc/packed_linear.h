@@ -26,7 +26,7 @@ namespace multibatch {
 constexpr int kPanel = 32;
 #if defined(__AVX512F__)
 constexpr int kMaxRows = 12;  // 24 accumulators of 32 registers
-constexpr int kPrefetchBytes = 3072;
+constexpr int kPrefetchBytes = 6144;
 #else
 constexpr int kMaxRows = 4;
 constexpr int kPrefetchBytes = 1024;
