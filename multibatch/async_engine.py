@@ -47,7 +47,7 @@ class AsyncEngine:
 
     def __init__(self, model: str | Path, *, max_queued_requests: int | None = None, **options: Any) -> None:
         _check_queue(max_queued_requests)
-        _, engine = open_engine(model, usual_batched_tokens=_USUAL_BATCHED_TOKENS, **options)
+        _, engine = open_engine(model, options, usual_batched_tokens=_USUAL_BATCHED_TOKENS)
         self._start(engine, max_queued_requests)
 
     @classmethod

@@ -63,20 +63,19 @@ class LLM:
         compile_options: Mapping[str, Any] | None = None,
         **engine_options: Any,
     ) -> None:
-        self.artifact, self.engine = open_engine(
-            model,
-            max_num_seqs=max_num_seqs,
-            max_model_len=max_model_len,
-            max_seq_len=max_seq_len,
-            kv_cache_memory_bytes=kv_cache_memory_bytes,
-            num_kv_blocks=num_kv_blocks,
-            enable_prefix_caching=enable_prefix_caching,
-            seed=seed,
-            selector_policy=selector_policy,
-            num_threads=num_threads,
-            compile_options=compile_options,
-            **engine_options,
-        )
+        options = {
+            "max_num_seqs": max_num_seqs,
+            "max_model_len": max_model_len,
+            "max_seq_len": max_seq_len,
+            "kv_cache_memory_bytes": kv_cache_memory_bytes,
+            "num_kv_blocks": num_kv_blocks,
+            "enable_prefix_caching": enable_prefix_caching,
+            "seed": seed,
+            "selector_policy": selector_policy,
+            "num_threads": num_threads,
+            "compile_options": compile_options,
+        }
+        self.artifact, self.engine = open_engine(model, options | engine_options)
         self._ids = itertools.count()
 
     def generate(

@@ -17,26 +17,22 @@ from multibatch.manifest import MANIFEST_NAME
 
 
 def open_engine(
-    model: str | Path,
-    *,
-    max_model_len: int | None = None,
-    compile_options: Mapping[str, Any] | None = None,
-    usual_batched_tokens: int | None = None,
-    **options: Any,
+    model: str | Path, options: Mapping[str, Any], *, usual_batched_tokens: int | None = None
 ) -> tuple[Artifact, Engine]:
     """An engine over an artifact, or over a model that is compiled into the cache first.
 
     Args:
         model: an artifact's folder, or a Hugging Face model's folder or hub id.
-        max_model_len: `EngineConfig.max_seq_len` by vLLM's name.
-        compile_options: for a model: keyword arguments of `multibatch_compile.compile_model`.
+        options: fields of `EngineConfig`; `max_model_len`, which is its max_seq_len by vLLM's name; `compile_options`, for a
+            model: keyword arguments of `multibatch_compile.compile_model`.
         usual_batched_tokens: `EngineConfig.max_num_batched_tokens` where that is None and the artifact has more.
-        options: fields of `EngineConfig`.
 
     Raises:
         ArtifactError: the folder does not open.
         ConfigError: an option outside what is allowed, or not known.
     """
+    options = dict(options)
+    max_model_len, compile_options = options.pop("max_model_len", None), options.pop("compile_options", None)
     unknown = set(options) - {field.name for field in dataclasses.fields(EngineConfig)}
     if unknown:
         raise ConfigError(f"unknown option {', '.join(sorted(unknown))}; see help(multibatch.LLM) for what there is")

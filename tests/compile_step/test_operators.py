@@ -50,6 +50,17 @@ def _operators() -> None:
     ops.set_num_threads(2)
 
 
+Packed = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
+
+
+def packed(weight: torch.Tensor, bias: torch.Tensor | None, *, quantized: bool) -> Packed:
+    """What the operators take of a layer: its weight packed, its bias, the scales and sums of 8-bit weights."""
+    if not quantized:
+        return pack(weight), bias, None, None
+    rounded, scales = reference.quantize_weight(weight)
+    return pack(rounded), bias, scales, rounded.sum(1, dtype=torch.int32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "k", "n"), SHAPES)
 def test_linear_is_right_and_a_row_does_not_depend_on_its_batch(dtype: torch.dtype, m: int, k: int, n: int) -> None:
@@ -71,15 +82,15 @@ def test_int8_linear_is_what_the_reference_says_and_close_to_the_original(
     torch.manual_seed(m * k + n)
     x, w, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
     rounded, scales = reference.quantize_weight(w)
-    rest = (b, scales, rounded.sum(1, dtype=torch.int32), n)
-    y = torch.ops.multibatch.packed_linear(x, pack(rounded), *rest)
+    rest = (*packed(w, b, quantized=True), n)
+    y = torch.ops.multibatch.packed_linear(x, *rest)
     expected = reference.int8_linear(x, rounded, scales, b)
     # One step of the dtype: the sums are the same integers.
     step = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     assert bool(((y.float() - expected.float()).abs() <= step * expected.float().abs().clamp(min=1)).all())
     exact = x.double() @ w.double().T + b.double()
     assert float((y.double() - exact).abs().max() / exact.abs().max()) < 0.03
-    alone = torch.cat([torch.ops.multibatch.packed_linear(x[i : i + 1], pack(rounded), *rest) for i in range(m)])
+    alone = torch.cat([torch.ops.multibatch.packed_linear(x[i : i + 1], *rest) for i in range(m)])
     assert torch.equal(y, alone)
 
 
@@ -132,11 +143,7 @@ def test_rms_norm(dtype: torch.dtype, m: int, k: int, offset: float, round_first
 def test_normed_linear_is_the_norm_and_then_the_linear(dtype: torch.dtype, m: int, k: int, quantized: bool) -> None:
     torch.manual_seed(k)
     x, norm, w = (torch.randn(m, k) * 3).to(dtype), torch.randn(k).to(dtype), torch.randn(70, k).to(dtype)
-    scales = sums = None
-    if quantized:
-        w, scales = reference.quantize_weight(w)
-        sums = w.sum(1, dtype=torch.int32)
-    rest = (pack(w), None, scales, sums, 70)
+    rest = (*packed(w, None, quantized=quantized), 70)
     y = torch.ops.multibatch.normed_linear(x, norm, 1e-6, 1.0, True, *rest)
     expected = torch.ops.multibatch.packed_linear(torch.ops.multibatch.rms_norm(x, norm, 1e-6, 1.0, True), *rest)
     assert torch.equal(y, expected)
@@ -151,11 +158,7 @@ def test_residual_linear_rounds_the_linear_and_then_the_sum(
     torch.manual_seed(k)
     x, w, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
     residual, gate_up = (torch.randn(m, n) * 9).to(dtype), torch.randn(m, 2 * k).to(dtype)
-    scales = sums = None
-    if quantized:
-        w, scales = reference.quantize_weight(w)
-        sums = w.sum(1, dtype=torch.int32)
-    rest, operators = (pack(w), b, scales, sums, n), torch.ops.multibatch
+    rest, operators = (*packed(w, b, quantized=quantized), n), torch.ops.multibatch
     assert torch.equal(operators.residual_linear(residual, x, *rest), residual + operators.packed_linear(x, *rest))
     gated = operators.gated_residual_linear(residual, gate_up, *rest, "silu")
     assert torch.equal(gated, residual + operators.gated_linear(gate_up, *rest, "silu"))
@@ -177,12 +180,9 @@ def test_gated_mlp_is_what_its_parts_are(
     residual = (torch.randn(m, n) * 9).to(dtype) if with_rest else None
     weights = []
     for out_features, in_features in ((2 * between, k), (n, between)):
-        w, scales, sums = (torch.randn(out_features, in_features) / in_features**0.5).to(dtype), None, None
-        if quantized:
-            w, scales = reference.quantize_weight(w)
-            sums = w.sum(1, dtype=torch.int32)
+        w = (torch.randn(out_features, in_features) / in_features**0.5).to(dtype)
         bias = torch.randn(out_features).to(dtype) if with_rest else None
-        weights.append((pack(w), bias, scales, sums))
+        weights.append(packed(w, bias, quantized=quantized))
     first, second = weights
     normed = x if norm is None else operators.rms_norm(x, norm, 1e-6, 1.0, True)
     gate_up = operators.packed_linear(normed, *first, 2 * between)

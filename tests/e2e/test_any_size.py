@@ -64,7 +64,7 @@ def test_fewer_prompt_tokens_a_step(any_size: Path) -> None:
 def test_the_usual_prompt_tokens_a_step_hold_where_nobody_asks(
     any_size: Path, usual: int | None, asked: int | None, expected: int
 ) -> None:
-    _, engine = open_engine(any_size, usual_batched_tokens=usual, max_num_batched_tokens=asked)
+    _, engine = open_engine(any_size, {"max_num_batched_tokens": asked}, usual_batched_tokens=usual)
     assert engine.limits.max_prefill_tokens == expected
 
 

@@ -169,8 +169,9 @@ def test_what_is_wrong_is_raised_where_it_was_asked(eager_artifact: Path) -> Non
     run(main())
     with pytest.raises(ConfigError, match="max_queued_requests is -1"):
         AsyncEngine(eager_artifact, max_queued_requests=-1)
-    with pytest.raises(ConfigError, match="speculative"):
-        AsyncEngine(eager_artifact, speculative=True)
+    for unknown in ("speculative", "usual_batched_tokens"):
+        with pytest.raises(ConfigError, match=f"unknown option {unknown}"):
+            AsyncEngine(eager_artifact, **{unknown: 1})
 
 
 def test_a_consumer_that_goes_away_ends_its_request(eager_artifact: Path) -> None:

@@ -141,8 +141,9 @@ def test_limits_above_the_artifact_are_refused(demo_artifact: Path) -> None:
         LLM(demo_artifact, max_num_seqs=9)
     with pytest.raises(CapacityError, match="one sequence"):
         LLM(demo_artifact, num_kv_blocks=7)
-    with pytest.raises(ConfigError, match="speculative"):
-        LLM(demo_artifact, speculative=True)
+    for unknown in ("speculative", "usual_batched_tokens"):
+        with pytest.raises(ConfigError, match=f"unknown option {unknown}"):
+            LLM(demo_artifact, **{unknown: 1})
 
 
 def test_a_failed_step_fails_its_requests_by_name_and_the_engine_goes_on(
