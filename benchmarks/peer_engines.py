@@ -196,6 +196,42 @@ class LlamaCpp:
         return request, 1
 
 
+class Ort:
+    """ONNX Runtime GenAI's Generator: one static batch at a time, of prompts and answers of one length."""
+
+    keeps_limit = True
+
+    def __init__(self, path: str, threads: int, max_running: int, max_len: int) -> None:
+        self._genai, self._numpy = importlib.import_module("onnxruntime_genai"), importlib.import_module("numpy")
+        self.version = f"onnxruntime-genai {self._genai.__version__}"
+        config = self._genai.Config(path)
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}))
+        self._model = self._genai.Model(config)
+        self._waiting: list[tuple[int, list[int], int]] = []
+        self._generator: Any = None
+        self._running: tuple[int, ...] = ()
+
+    def add(self, request: int, prompt: list[int], num_tokens: int) -> None:
+        """Queues a request."""
+        self._waiting.append((request, prompt, num_tokens))
+
+    def step(self) -> list[tuple[int, int]]:
+        """Runs one step."""
+        if self._generator is None:
+            if len({(len(prompt), num_tokens) for _, prompt, num_tokens in self._waiting}) != 1:
+                raise ValueError("a static batch needs prompts and answers of one length")
+            requests, prompts, (num_tokens, *_) = zip(*self._waiting, strict=True)
+            params, longest = self._genai.GeneratorParams(self._model), len(prompts[0]) + num_tokens
+            params.set_search_options(batch_size=len(prompts), min_length=longest, max_length=longest, do_sample=False)
+            self._generator = self._genai.Generator(self._model, params)
+            self._generator.append_tokens(self._numpy.array(prompts, dtype=self._numpy.int32))
+            self._running, self._waiting = requests, []
+        self._generator.generate_next_token()
+        if self._generator.is_done():
+            self._generator = None
+        return [(request, 1) for request in self._running]
+
+
 class Vllm:
     """vLLM's CPU backend in bfloat16, which runs the model in a process of its own."""
 
@@ -234,6 +270,7 @@ ENGINES: dict[str, type[Any]] = {
     "multibatch": Multibatch,
     "openvino": OpenVino,
     "llamacpp": LlamaCpp,
+    "ort": Ort,
     "vllm": Vllm,
 }
 

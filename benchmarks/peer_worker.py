@@ -8,7 +8,7 @@ import signal
 import subprocess
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +50,11 @@ class Case:
 
 
 class Worker:
-    """An engine's process, in a session of its own so that its children end with it."""
+    """An engine's process, in a session of its own so that its children end with it.
+
+    It stands still, with its children, but while it is asked something: what an idle engine's threads would do costs the
+    others nothing.
+    """
 
     def __init__(self, name: str, command: list[str], environment: Mapping[str, str], timeout: float) -> None:
         self.name, self._timeout = name, timeout
@@ -65,13 +69,17 @@ class Worker:
             start_new_session=True,
         )
         self.version: str = self._read()["version"]
+        self._signal(signal.SIGSTOP)
 
     def ask(self, job: Mapping[str, Any]) -> dict[str, Any]:
         """Sends a job and waits for the answer."""
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps(job) + "\n")
         self._process.stdin.flush()
-        return self._read()
+        answer = self._read()
+        self._signal(signal.SIGSTOP)
+        return answer
 
     def run(self, case: Case, most_tokens: int | None = None) -> dict[str, Any]:
         """Runs a case, or its first requests with few tokens each; every token asked for must come."""
@@ -88,32 +96,33 @@ class Worker:
     def close(self) -> None:
         """Ends the process and its children."""
         assert self._process.stdin is not None and self._process.stdout is not None
+        self._signal(signal.SIGCONT)
         with suppress(subprocess.TimeoutExpired, BrokenPipeError):
             self._process.stdin.close()
             self._process.wait(30)
-        self._kill()
+        self._signal(signal.SIGKILL)
         self._process.wait()
         self._process.stdout.close()
         self._log.close()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None
-        timer = threading.Timer(self._timeout, self._kill)
+        timer = threading.Timer(self._timeout, self._signal, [signal.SIGKILL])
         timer.start()
         line = self._process.stdout.readline()
         timer.cancel()
         if line:
             answer: dict[str, Any] = json.loads(line)
             return answer
-        self._kill()
+        self._signal(signal.SIGKILL)
         self._process.wait()
         self._log.seek(0)
         tail = "\n".join(self._log.read().splitlines()[-8:])
         raise click.ClickException(f"{self.name} ended, or took over {self._timeout:g} s:\n{tail}")
 
-    def _kill(self) -> None:
+    def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+            os.killpg(self._process.pid, number)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,14 +133,19 @@ class Spec:
     kind: str
     path: str
     python: str
+    preload: str = ""
+    """Libraries that are loaded before all others, as in LD_PRELOAD."""
 
-    def start(self, case: Case, threads: int, timeout: float) -> Worker:
-        """A worker that is ready for this case."""
-        settings = {"threads": threads, "max_running": case.running, "max_len": case.longest}
+    def start(self, cases: Sequence[Case], threads: int, timeout: float) -> Worker:
+        """A worker that is ready for these cases."""
+        most, longest = max(case.running for case in cases), max(case.longest for case in cases)
+        settings = {"threads": threads, "max_running": most, "max_len": longest}
         script = str(Path(__file__).with_name("peer_engines.py"))
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         if self.kind != OURS:
             environment.pop("PYTHONPATH", None)
+            if self.preload:
+                environment["LD_PRELOAD"] = self.preload
             environment["PATH"] = os.pathsep.join([str(Path(self.python).parent), environment.get("PATH", "")])
         command = [self.python, script, self.kind, self.path, json.dumps(settings)]
         return Worker(self.name, command, environment, timeout)

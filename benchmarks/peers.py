@@ -3,11 +3,13 @@
 Usage: python -m benchmarks.peers ARTIFACT --peer openvino:FOLDER --python openvino=VENV/bin/python …
 
 Prints tokens per second, their share of what the machine's rates allow and our ratio to each peer; the last line is one
-JSON. `peer_worker.py` starts each engine in a process of its own, where `peer_engines.py` drives it. What the workloads are: benchmarks/README.md.
+JSON. `peer_worker.py` starts each engine in a process of its own, where `peer_engines.py` drives it. What the workloads are:
+benchmarks/README.md.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -15,7 +17,7 @@ import random
 import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,7 @@ from typing import Any
 import click
 from rich.table import Table
 
-from benchmarks.peer_worker import OURS, Case, Prompts, Spec
+from benchmarks.peer_worker import OURS, Case, Prompts, Spec, Worker
 from multibatch.artifact import Artifact
 from multibatch.errors import MultibatchError
 from multibatch.hardware import read_cpu_info, usable_cores
@@ -31,7 +33,8 @@ from multibatch.manifest import Manifest
 from multibatch.roofline import Roofline, best_of
 from multibatch.terminal import OUT
 
-KINDS = ("openvino", "llamacpp", "vllm")
+KINDS = ("openvino", "llamacpp", "ort", "vllm")
+BEST = "the best of each round"
 RAGGED = 0.1
 
 
@@ -58,13 +61,15 @@ def make_cases(
     return cases
 
 
-def make_specs(artifact: Path, peers: Sequence[tuple[str, str]], pythons: Mapping[str, str]) -> list[Spec]:
+def make_specs(
+    artifact: Path, peers: Sequence[tuple[str, str]], pythons: Mapping[str, str], preloads: Mapping[str, str]
+) -> list[Spec]:
     """Ours first; peers are named by their kind, and by their file too where two are of one kind."""
     kinds = [kind for kind, _ in peers]
     specs = [Spec(OURS, OURS, str(artifact), sys.executable)]
     for kind, path in peers:
         name = kind if kinds.count(kind) == 1 else f"{kind}:{Path(path).name}"
-        specs.append(Spec(name, kind, path, pythons.get(kind, sys.executable)))
+        specs.append(Spec(name, kind, path, pythons.get(kind, sys.executable), preloads.get(kind, "")))
     return specs
 
 
@@ -79,21 +84,32 @@ class Measured:
 
 
 def measure(specs: Sequence[Spec], cases: Sequence[Case], rounds: int, threads: int, timeout: float) -> Measured:
-    """Every engine in turn runs a case before the next case comes, each time in a new process: what an idle engine's
-    threads do costs the others nothing.
+    """Every engine in turn runs a case before the next case comes, every other round in the opposite order: a machine whose
+    speed changes from minute to minute changes it for all of them.
     """
     keys = [(case.name, spec.name) for case in cases for spec in specs]
     found = Measured({key: [] for key in keys}, {key: [] for key in keys}, [], {})
-    for case, spec in ((case, spec) for _ in range(rounds) for case in cases for spec in specs):
-        with closing(spec.start(case, threads, timeout)) as worker:
-            worker.run(case, most_tokens=4)
-            answers = [worker.run(case) for _ in range(3 if case.work == "prefill" else 1)]
-            found.rates[case.name, spec.name].append(statistics.median(map(case.rate, answers)))
-            found.ragged[case.name, spec.name].append(max(map(case.ragged, answers)))
-            found.versions[spec.name] = worker.version
-            if spec.kind == OURS and case.work == "w1":
-                found.rooflines.append(Roofline(**worker.ask({"rates": True})))
+    for _, group in itertools.groupby(cases, key=lambda case: case.work):
+        alike = list(group)
+        with ExitStack() as stack:
+            workers = {spec.name: stack.enter_context(closing(spec.start(alike, threads, timeout))) for spec in specs}
+            found.versions |= {name: worker.version for name, worker in workers.items()}
+            for number, case in itertools.product(range(rounds), alike):
+                in_turn = list(workers.items())
+                for name, worker in in_turn[:: -1 if number % 2 else 1]:
+                    measure_once(found, case, name, worker, is_first=number == 0)
+                if case.work == "w1":
+                    found.rooflines.append(Roofline(**workers[OURS].ask({"rates": True})))
     return found
+
+
+def measure_once(found: Measured, case: Case, name: str, worker: Worker, *, is_first: bool) -> None:
+    """One engine, one case; before the first time a few tokens for warming up."""
+    if is_first:
+        worker.run(case, most_tokens=4)
+    answers = [worker.run(case) for _ in range(3 if case.work == "prefill" else 1)]
+    found.rates[case.name, name].append(statistics.median(map(case.rate, answers)))
+    found.ragged[case.name, name].append(max(map(case.ragged, answers)))
 
 
 def summarize(
@@ -118,7 +134,11 @@ def summarize(
                 "rounds": [round(r, 2) for r in rates],
                 "ours_over": round(median_ratio(ours, rates), 4),
             }
-        rows.append({"case": case.name, "limit_tokens_per_s": limit and round(limit, 1), "engines": engines})
+        row = {"case": case.name, "limit_tokens_per_s": limit and round(limit, 1), "engines": engines}
+        theirs = [found.rates[case.name, spec.name] for spec in specs[1:]]
+        if theirs:
+            row["ours_over_best"] = round(median_ratio(ours, [max(rates) for rates in zip(*theirs, strict=True)]), 4)
+        rows.append(row)
     return rows
 
 
@@ -135,6 +155,8 @@ def table_lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:
             share = "" if engine["share_of_limit"] is None else f"{engine['share_of_limit']:.0%}"
             ratio = "" if name == OURS else f"{engine['ours_over']:.2f} x"
             yield [row["case"] if name == OURS else "", name, rate, share, ratio]
+        if len(row["engines"]) > 2:
+            yield ["", BEST, "", "", f"{row['ours_over_best']:.2f} x"]
 
 
 def pairs(separator: str) -> Any:
@@ -175,6 +197,9 @@ def works(_context: click.Context, _option: click.Parameter, value: str) -> list
 @click.option(
     "--python", "pythons", multiple=True, callback=pairs("="), help="KIND=PATH of the Python that has that engine."
 )
+@click.option(
+    "--preload", "preloads", multiple=True, callback=pairs("="), help="KIND=LIBRARIES for that engine's LD_PRELOAD."
+)
 @click.option("--batches", callback=numbers, default="1,4,8,16", show_default=True, help="Batch sizes of W1.")
 @click.option("--work", callback=works, default="w1,w2,prefill", show_default=True)
 @click.option("--rounds", type=click.IntRange(1), default=5, show_default=True)
@@ -187,6 +212,7 @@ def main(
     artifact: Path,
     peers: list[tuple[str, str]],
     pythons: list[tuple[str, str]],
+    preloads: list[tuple[str, str]],
     batches: list[int],
     work: list[str],
     rounds: int,
@@ -201,7 +227,9 @@ def main(
         manifest = Artifact.open(artifact).manifest
     except MultibatchError as error:
         raise click.ClickException(str(error)) from error
-    specs = make_specs(artifact, peers, dict(pythons))
+    specs = make_specs(artifact, peers, dict(pythons), dict(preloads))
+    if "w2" in work and any(spec.kind == "ort" for spec in specs):
+        raise click.UsageError("ort has no continuous batching on a CPU, and W2 needs it: --work w1,prefill")
     if max(batches) > manifest.max_num_seqs and "w1" in work:
         raise click.UsageError(f"the artifact runs {manifest.max_num_seqs} requests at once, not {max(batches)}")
     cases = make_cases(work, batches, input_len, output_len, manifest.model.vocab_size, manifest.max_num_seqs)
@@ -215,7 +243,7 @@ def main(
     rows = summarize(specs, cases, found, manifest)
     table = Table(title=f"In turn, median of {rounds}")
     for i, column in enumerate(("work", "engine", "tok/s", "of limit", f"{OURS} is")):
-        table.add_column(column, justify="left" if i < 2 else "right")
+        table.add_column(column, justify="left" if i < 2 else "right", overflow="fold")
     for cells in table_lines(rows):
         table.add_row(*cells)
     OUT.print(table)

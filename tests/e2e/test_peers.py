@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import time
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -48,7 +53,7 @@ def test_ratio_is_taken_within_a_round() -> None:
 
 
 def test_table_shows_share_ratio_and_raggedness(eager_artifact: Path) -> None:
-    specs = peers.make_specs(eager_artifact, [("llamacpp", "a.gguf"), ("llamacpp", "b.gguf")], {})
+    specs = peers.make_specs(eager_artifact, [("llamacpp", "a.gguf"), ("llamacpp", "b.gguf")], {}, {})
     assert [s.name for s in specs] == ["multibatch", "llamacpp:a.gguf", "llamacpp:b.gguf"]
     case = peer_worker.Case("W1 x 1", "w1", [[1] * 4], [4], 1)
     rates = {("W1 x 1", s.name): [rate] for s, rate in zip(specs, (6.0, 3.0, 12.0), strict=True)}
@@ -62,7 +67,84 @@ def test_table_shows_share_ratio_and_raggedness(eager_artifact: Path) -> None:
         ["W1 x 1", "multibatch", "6.0", f"{6 / limit:.0%}", ""],
         ["", "llamacpp:a.gguf", "3.0", f"{3 / limit:.0%}", "2.00 x"],
         ["", "llamacpp:b.gguf", "~12.0", f"{12 / limit:.0%}", "0.50 x"],
+        ["", "the best of each round", "", "", "0.50 x"],
     ]
+
+
+def test_the_best_is_that_of_each_round(eager_artifact: Path) -> None:
+    specs = peers.make_specs(eager_artifact, [("llamacpp", "a"), ("openvino", "b")], {}, {"openvino": "x.so:y.so"})
+    assert [s.preload for s in specs] == ["", "", "x.so:y.so"]
+    case = peer_worker.Case("W2", "w2", [[1] * 4], [4], 1)
+    rates = {
+        ("W2", s.name): list(r)
+        for s, r in zip(specs, ((6.0, 6.0, 6.0), (3.0, 4.0, 12.0), (2.0, 5.0, 1.0)), strict=True)
+    }
+    found = peers.Measured(rates, {key: [0.0] for key in rates}, [], {})
+    (row,) = peers.summarize(specs, [case], found, Artifact.open(eager_artifact).manifest)
+    assert row["ours_over_best"] == pytest.approx(6 / 5)
+
+
+@dataclass
+class _Engine:
+    """A spec that is its own worker, and notes what is asked of it."""
+
+    name: str
+    log: list[tuple[str, str, int | None]]
+    version: str = "1"
+
+    def start(self, cases: list[peer_worker.Case], threads: int, timeout: float) -> _Engine:
+        self.log.append((self.name, "start", len(cases)))
+        return self
+
+    def run(self, case: peer_worker.Case, most_tokens: int | None = None) -> dict[str, list[float]]:
+        self.log.append((self.name, case.name, most_tokens))
+        return {"first": [1.0], "last": [2.0]}
+
+    def ask(self, job: dict[str, bool]) -> dict[str, float | None]:
+        return {"bandwidth_gbps": 1.0, "gproducts": None}
+
+    def close(self) -> None:
+        self.log.append((self.name, "close", None))
+
+
+def test_engines_start_once_for_a_work_and_run_in_turn() -> None:
+    log: list[tuple[str, str, int | None]] = []
+    engines: list[Any] = [_Engine(name, log) for name in ("multibatch", "b")]
+    cases = [
+        peer_worker.Case(name, work, [[1]], [2], 1) for name, work in (("W1 x 1", "w1"), ("W1 x 2", "w1"), ("W2", "w2"))
+    ]
+    found = peers.measure(engines, cases, 2, 1, 1.0)
+    w1 = ["W1 x 1", "W1 x 2"]
+    first = [(engine, case, most) for case in w1 for engine in ("multibatch", "b") for most in (4, None)]
+    second = [(engine, case, None) for case in w1 for engine in ("b", "multibatch")]
+    until = log.index(("b", "close", None))
+    assert log[:until] == [("multibatch", "start", 2), ("b", "start", 2), *first, *second]
+    assert [name for name, what, _ in log[until + 2 :] if what == "start"] == ["multibatch", "b"]
+    assert [len(rates) for rates in found.rates.values()] == [2] * 6
+    assert len(found.rooflines) == 4
+
+
+def test_an_engine_stands_still_while_nothing_is_asked_of_it() -> None:
+    script = """
+import json, os, sys
+child = os.fork()
+if not child:
+    while True: pass
+print(json.dumps({"version": str(child)}), flush=True)
+for line in sys.stdin: print(line, end="", flush=True)
+os.kill(child, 9)
+"""
+    worker = peer_worker.Worker("spinner", [sys.executable, "-c", script], os.environ, 60.0)
+    with closing(worker):
+        stands_still(int(worker.version))
+        assert worker.ask({"a": 1}) == {"a": 1}
+        stands_still(int(worker.version))
+
+
+def stands_still(pid: int) -> None:
+    """Waits until a process is stopped; one that is not goes on for as long as the test may take."""
+    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+        time.sleep(0.01)
 
 
 class _Scripted:
@@ -118,8 +200,9 @@ def test_a_run_without_peers(eager_artifact: Path, tmp_path: Path) -> None:
     [
         (["--batches", "5"], "4 requests at once, not 5"),
         (["--work", "prefill", "--batches", "1", "--input-len", "16"], "prefill 1 x 128 needs 129 positions"),
-        (["--peer", "other:x"], "openvino, llamacpp, vllm"),
+        (["--peer", "other:x"], "openvino, llamacpp, ort, vllm"),
         (["--peer", "vllm:"], "KIND:PATH"),
+        (["--peer", "ort:x"], "ort has no continuous batching"),
         (["--work", "w3"], "there are w1, w2 and prefill"),
     ],
 )
