@@ -320,6 +320,21 @@ const char* weights_at(const LinearCall<W, T>& c, int64_t panel, int64_t unit) {
   return reinterpret_cast<const char*>(c.packed) + (panel * c.units + unit) * kUnitBytes<W>;
 }
 
+// Has what finish_rows reads of a panel on its way: no cache holds it, and the weights would stand still meanwhile. Always inline:
+// a function that only fetches has no effect by GCC's reckoning (12), which drops calls of it.
+template <typename W, typename T>
+__attribute__((always_inline)) inline void fetch_ends(const LinearCall<W, T>& c, int64_t panel, int64_t row, int rows) {
+  const int64_t first = panel * kPanel;
+  for (int64_t i = first; i < first + kPanel; i += 64 / sizeof(float)) {
+    if (c.bias) __builtin_prefetch(c.bias + i);
+    if constexpr (std::is_same_v<W, int8_t>) {
+      __builtin_prefetch(c.scales + i);
+      __builtin_prefetch(c.sums + i);
+    }
+  }
+  for (int r = 0; c.residual && r < rows; ++r) __builtin_prefetch(c.residual + (row + r) * c.N + first);
+}
+
 // A range for one group of R rows. `carry`, [R][2], holds the group's sums between two ranges.
 template <int R, typename W, typename T>
 void panel_rows(const LinearCall<W, T>& c, const Range& range, int64_t row, typename Format<W>::Acc* carry) {
@@ -332,8 +347,7 @@ void panel_rows(const LinearCall<W, T>& c, const Range& range, int64_t row, type
   // Unrolled, or the sums would live in memory.
 #pragma GCC unroll 24
   for (int i = 0; i < 2 * R; ++i) acc[i / 2][i % 2] = from ? load_vector<Acc>(carry + i) : Acc{};
-  if (c.residual && to == c.units)
-    for (int r = 0; r < R; ++r) __builtin_prefetch(c.residual + (row + r) * c.N + range.panel * kPanel);
+  if (to == c.units) fetch_ends(c, range.panel, row, R);
   const W* w = c.packed + (range.panel * c.units + from) * kPanel * unit;
   Ahead ahead = range.ahead;
   for (int64_t u = from; u < to; u += chunk_units, w += chunk_units * kPanel * unit) {
