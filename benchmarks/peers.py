@@ -79,8 +79,15 @@ class Measured:
 
     rates: dict[tuple[str, str], list[float]]
     ragged: dict[tuple[str, str], list[float]]
-    rooflines: list[Roofline]
+    rooflines: dict[str, list[Roofline]]
+    """After each round of a case of W1."""
     versions: dict[str, str]
+
+    @property
+    def best(self) -> Roofline | None:
+        """What the machine could do in its best moments."""
+        measured = list(itertools.chain.from_iterable(self.rooflines.values()))
+        return best_of(measured) if measured else None
 
 
 def measure(specs: Sequence[Spec], cases: Sequence[Case], rounds: int, threads: int, timeout: float) -> Measured:
@@ -88,7 +95,7 @@ def measure(specs: Sequence[Spec], cases: Sequence[Case], rounds: int, threads: 
     speed changes from minute to minute changes it for all of them.
     """
     keys = [(case.name, spec.name) for case in cases for spec in specs]
-    found = Measured({key: [] for key in keys}, {key: [] for key in keys}, [], {})
+    found = Measured({key: [] for key in keys}, {key: [] for key in keys}, {}, {})
     for _, group in itertools.groupby(cases, key=lambda case: case.work):
         alike = list(group)
         with ExitStack() as stack:
@@ -99,7 +106,7 @@ def measure(specs: Sequence[Spec], cases: Sequence[Case], rounds: int, threads: 
                 for name, worker in in_turn[:: -1 if number % 2 else 1]:
                     measure_once(found, case, name, worker, is_first=number == 0)
                 if case.work == "w1":
-                    found.rooflines.append(Roofline(**workers[OURS].ask({"rates": True})))
+                    found.rooflines.setdefault(case.name, []).append(Roofline(**workers[OURS].ask({"rates": True})))
     return found
 
 
@@ -117,11 +124,12 @@ def summarize(
 ) -> list[dict[str, Any]]:
     """A JSON-ready row per case. The limit is that of our artifact's step, for every engine."""
     rows = []
+    best = found.best
     for case in cases:
         limit = None
-        if case.work == "w1" and found.rooflines:
+        if case.work == "w1" and best:
             contexts = [len(p) + n // 2 for p, n in zip(case.prompts, case.lengths, strict=True)]
-            limit = best_of(found.rooflines).decode_tokens_per_s(manifest, contexts)
+            limit = best.decode_tokens_per_s(manifest, contexts)
         engines = {}
         ours = found.rates[case.name, specs[0].name]
         for spec in specs:
@@ -135,6 +143,7 @@ def summarize(
                 "ours_over": round(median_ratio(ours, rates), 4),
             }
         row = {"case": case.name, "limit_tokens_per_s": limit and round(limit, 1), "engines": engines}
+        row["bandwidth_gbps"] = [round(r.bandwidth_gbps, 1) for r in found.rooflines.get(case.name, [])]
         theirs = [found.rates[case.name, spec.name] for spec in specs[1:]]
         if theirs:
             row["ours_over_best"] = round(median_ratio(ours, [max(rates) for rates in zip(*theirs, strict=True)]), 4)
@@ -247,7 +256,7 @@ def main(
     for cells in table_lines(rows):
         table.add_row(*cells)
     OUT.print(table)
-    best = best_of(found.rooflines) if found.rooflines else None
+    best = found.best
     record = {
         "model": manifest.model.id,
         "dtype": manifest.model.dtype,
