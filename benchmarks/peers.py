@@ -101,8 +101,8 @@ def measure(specs: Sequence[Spec], cases: Sequence[Case], rounds: int, threads: 
         with ExitStack() as stack:
             workers = {spec.name: stack.enter_context(closing(spec.start(alike, threads, timeout))) for spec in specs}
             found.versions |= {name: worker.version for name, worker in workers.items()}
+            in_turn = list(workers.items())
             for number, case in itertools.product(range(rounds), alike):
-                in_turn = list(workers.items())
                 for name, worker in in_turn[:: -1 if number % 2 else 1]:
                     measure_once(found, case, name, worker, is_first=number == 0)
                 if case.work == "w1":

@@ -144,8 +144,10 @@ os.kill(child, 9)
 
 
 def stands_still(pid: int) -> None:
-    """Waits until a process is stopped; one that is not goes on for as long as the test may take."""
-    while Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "T":
+    """Waits until a process is stopped."""
+    deadline = time.monotonic() + 60.0
+    while (state := Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]) != "T":
+        assert time.monotonic() < deadline, f"the engine's child goes on, in state {state}"
         time.sleep(0.01)
 
 
