@@ -68,13 +68,18 @@ int64_t units_of(int64_t k) {
 template <typename W>
 constexpr int64_t kUnitBytes = Format<W>::unit * kPanel * sizeof(W);
 
+// Whether weights are read once, so that they need not drive what a step reads again out of the second cache, or by several groups
+// of rows in turn. As the hint of __builtin_prefetch.
+constexpr int kReadOnce = 0, kReadAgain = 3;
+
 // What a pass over a range of weights fetches ahead with each unit: a line of each of two streams.
+template <int Reads>
 struct Ahead {
   const char *first, *second;
   int64_t first_step, second_step;  // bytes
   void fetch() {
-    __builtin_prefetch(first);
-    __builtin_prefetch(second);
+    __builtin_prefetch(first, 0, Reads);
+    __builtin_prefetch(second, 0, Reads);
     first += first_step;
     second += second_step;
   }
@@ -95,24 +100,24 @@ inline void fma_rows(f32x16 (&acc)[R][2], const float* x, f32x16 w0, f32x16 w1) 
 
 // panel_product: acc[R][32] += x[R, units] . w[units, 32], within one chunk.
 
-template <int R>
-inline void panel_product(const float* w, const float* x, int64_t units, Ahead& ahead, f32x16 (&acc)[R][2]) {
+template <int R, int Reads>
+inline void panel_product(const float* w, const float* x, int64_t units, Ahead<Reads>& ahead, f32x16 (&acc)[R][2]) {
   for (int64_t i = 0; i < units; ++i, w += kPanel, ++x) {
     ahead.fetch();
     fma_rows<R>(acc, x, load_vector<f32x16>(w), load_vector<f32x16>(w + 16));
   }
 }
 
-template <int R>
-inline void panel_product(const c10::Half* w, const float* x, int64_t units, Ahead& ahead, f32x16 (&acc)[R][2]) {
+template <int R, int Reads>
+inline void panel_product(const c10::Half* w, const float* x, int64_t units, Ahead<Reads>& ahead, f32x16 (&acc)[R][2]) {
   for (int64_t i = 0; i < units; ++i, w += kPanel, ++x) {
     ahead.fetch();
     fma_rows<R>(acc, x, floats_of(w), floats_of(w + 16));
   }
 }
 
-template <int R>
-inline void panel_product(const c10::BFloat16* w, const float* x, int64_t units, Ahead& ahead, f32x16 (&acc)[R][2]) {
+template <int R, int Reads>
+inline void panel_product(const c10::BFloat16* w, const float* x, int64_t units, Ahead<Reads>& ahead, f32x16 (&acc)[R][2]) {
   for (int64_t i = 0; i < units; ++i, w += 2 * kPanel, x += 2) {
     ahead.fetch();
     u32x16 p0 = load_vector<u32x16>(w), p1 = load_vector<u32x16>(w + kPanel);
@@ -123,8 +128,8 @@ inline void panel_product(const c10::BFloat16* w, const float* x, int64_t units,
 }
 
 #ifdef __AVX512BF16__
-template <int R>
-inline void panel_product(const c10::BFloat16* w, const uint32_t* x, int64_t units, Ahead& ahead, f32x16 (&acc)[R][2]) {
+template <int R, int Reads>
+inline void panel_product(const c10::BFloat16* w, const uint32_t* x, int64_t units, Ahead<Reads>& ahead, f32x16 (&acc)[R][2]) {
   for (int64_t i = 0; i < units; ++i, w += 2 * kPanel, ++x) {
     ahead.fetch();
     __m512bh w0 = load_vector<__m512bh>(w), w1 = load_vector<__m512bh>(w + kPanel);
@@ -148,8 +153,8 @@ inline i32x16 dot_bytes(i32x16 acc, uint32_t x, i32x16 w) {
 #endif
 }
 
-template <int R>
-inline void panel_product(const int8_t* w, const uint32_t* x, int64_t units, Ahead& ahead, i32x16 (&acc)[R][2]) {
+template <int R, int Reads>
+inline void panel_product(const int8_t* w, const uint32_t* x, int64_t units, Ahead<Reads>& ahead, i32x16 (&acc)[R][2]) {
   for (int64_t i = 0; i < units; ++i, w += 4 * kPanel, ++x) {
     ahead.fetch();
     i32x16 w0 = load_vector<i32x16>(w), w1 = load_vector<i32x16>(w + 2 * kPanel);
@@ -309,9 +314,10 @@ __attribute__((noinline)) void finish_rows(const LinearCall<W, T>& c, int64_t pa
 }
 
 // Units [from, to) of one panel, all of them, some chunks or a range within one chunk; and what to fetch meanwhile.
+template <int Reads>
 struct Range {
   int64_t panel, from, to;
-  Ahead ahead;
+  Ahead<Reads> ahead;
 };
 
 // Where a unit of a panel begins.
@@ -336,8 +342,8 @@ __attribute__((always_inline)) inline void fetch_ends(const LinearCall<W, T>& c,
 }
 
 // A range for one group of R rows. `carry`, [R][2], holds the group's sums between two ranges.
-template <int R, typename W, typename T>
-void panel_rows(const LinearCall<W, T>& c, const Range& range, int64_t row, typename Format<W>::Acc* carry) {
+template <int R, int Reads, typename W, typename T>
+void panel_rows(const LinearCall<W, T>& c, const Range<Reads>& range, int64_t row, typename Format<W>::Acc* carry) {
   using Acc = typename Format<W>::Acc;
   using Lane = typename Format<W>::Lane;
   constexpr int unit = Format<W>::unit, lanes = Format<W>::lanes;
@@ -349,7 +355,7 @@ void panel_rows(const LinearCall<W, T>& c, const Range& range, int64_t row, type
   for (int i = 0; i < 2 * R; ++i) acc[i / 2][i % 2] = from ? load_vector<Acc>(carry + i) : Acc{};
   if (to == c.units) fetch_ends(c, range.panel, row, R);
   const W* w = c.packed + (range.panel * c.units + from) * kPanel * unit;
-  Ahead ahead = range.ahead;
+  Ahead<Reads> ahead = range.ahead;
   for (int64_t u = from; u < to; u += chunk_units, w += chunk_units * kPanel * unit) {
     const Lane* x = c.x + (u / chunk_units * c.M + row) * kChunkStride + u % chunk_units * lanes;
     panel_product<R>(w, x, std::min(chunk_units, to - u), ahead, acc);
@@ -359,12 +365,14 @@ void panel_rows(const LinearCall<W, T>& c, const Range& range, int64_t row, type
   if (to == c.units) finish_rows(c, range.panel, row, R, carry);
 }
 
-template <typename W, typename T, int R = kMaxRows>
-void panel_rows_of(int rows, const LinearCall<W, T>& c, const Range& range, int64_t row,
+template <int R = kMaxRows, int Reads, typename W, typename T>
+void panel_rows_of(int rows, const LinearCall<W, T>& c, const Range<Reads>& range, int64_t row,
                    typename Format<W>::Acc* carry) {
-  if constexpr (R > 0) {
+  // Of three groups and more, which read weights again, none is smaller.
+  constexpr int fewest = Reads == kReadAgain ? (2 * kMaxRows + 1) / 3 : 1;
+  if constexpr (R >= fewest) {
     if (rows == R) return panel_rows<R>(c, range, row, carry);
-    panel_rows_of<W, T, R - 1>(rows, c, range, row, carry);
+    panel_rows_of<R - 1>(rows, c, range, row, carry);
   }
 }
 
@@ -412,8 +420,8 @@ void pair_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int6
       for (int64_t g = 0; g < 2; ++g) {
         // Halves, and not every other line: cores fetch pairs of lines, and the second group would find all of it there.
         const char* const next = weights_at(c, p, from) + bytes + g * bytes / 2;
-        const Range range{p, from, std::min(from + length, c.units), {next, next, unit / 2, unit / 2}};
-        panel_rows_of<W, T>(tiling.groups.size(g), c, range, tiling.groups.start(g), carry + g * kMaxRows * 2);
+        const Range<kReadOnce> range{p, from, std::min(from + length, c.units), {next, next, unit / 2, unit / 2}};
+        panel_rows_of(tiling.groups.size(g), c, range, tiling.groups.start(g), carry + g * kMaxRows * 2);
       }
 }
 
@@ -422,8 +430,8 @@ void single_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, in
   constexpr int64_t unit = kUnitBytes<W>;
   for (int64_t p = p0; p < p1; ++p) {
     const char* const soon = weights_at(c, p, 0) + kPrefetchBytes;
-    const Range range{p, 0, c.units, {soon, soon + 64, unit, unit}};
-    panel_rows_of<W, T>(tiling.groups.size(0), c, range, 0, carries<typename Format<W>::Acc>());
+    const Range<kReadOnce> range{p, 0, c.units, {soon, soon + 64, unit, unit}};
+    panel_rows_of(tiling.groups.size(0), c, range, 0, carries<typename Format<W>::Acc>());
   }
 }
 
@@ -444,9 +452,9 @@ void block_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int
       const char *soon = weights_at(c, p, from) + kPrefetchBytes, *next = weights_at(c, panel, then);
       for (int64_t g = g0; g < g1; ++g, next += share) {
         // Of its own weights every other line, since they lie in the core's cache but for the first group.
-        const Range range{p, from, to, {soon, next, unit, share / std::max<int64_t>(to - from, 1) + 1}};
+        const Range<kReadAgain> range{p, from, to, {soon, next, unit, share / std::max<int64_t>(to - from, 1) + 1}};
         typename Format<W>::Acc* held = carry + (p - p0) / step * kPanelSums + (g - g0) * kMaxRows * 2;
-        panel_rows_of<W, T>(tiling.groups.size(g), c, range, tiling.groups.start(g), held);
+        panel_rows_of(tiling.groups.size(g), c, range, tiling.groups.start(g), held);
       }
     }
 }

@@ -21,7 +21,7 @@ int64_t products_until(std::chrono::steady_clock::time_point end) {
   int64_t products = 0;
   do {
     for (int i = 0; i < 64; ++i) {
-      Ahead ahead{reinterpret_cast<const char*>(w), reinterpret_cast<const char*>(w) + 64, 0, 0};
+      Ahead<kReadAgain> ahead{reinterpret_cast<const char*>(w), reinterpret_cast<const char*>(w) + 64, 0, 0};
       panel_product<kMaxRows>(w, x, units, ahead, acc);
       products += kMaxRows * kPanel * unit * units;
     }
