@@ -3,7 +3,7 @@
 //
 // Why not OpenMP: its parallel regions end when every thread has arrived, so one neighbour on one core
 // costs every region a scheduler time slice. Here a job ends when its tiles are done; a thread that the
-// operating system put aside merely takes fewer of them, and holds back at worst the one in its hand. When that
+// operating system put aside merely takes fewer of them, and holds back at worst the few in its hand. When that
 // happens in a job of short tiles, a worker rests for a while: its core goes to whom the others had to share theirs with,
 // and fewer threads that are never put aside finish sooner than all of them where one is, every few milliseconds, in the
 // middle of a tile. A job of long tiles takes many of those milliseconds anyway, and is done sooner by all.
@@ -87,11 +87,14 @@ class ThreadPool {
     }
     if (are_long && resting_.load() > 0) end_rest();
     job_ = &fn;
-    may_rest_ = !are_long;
+    are_long_ = are_long;
     done_.store(0, std::memory_order_relaxed);
     const int self = place();
     for (int i = 0; i < num_threads(); ++i)
       ranges_[i].store(num_tiles * i / num_threads(), num_tiles * (i + 1) / num_threads());
+    // One for all ranges, which other cores hold until now. It is what wake_sleepers needs: who went to sleep has seen none of
+    // these tiles, and so is seen here.
+    std::atomic_thread_fence(std::memory_order_seq_cst);
     wake_sleepers();
     take_tiles(self);
     // Every tile was handed out; those of other threads may still run.
@@ -117,7 +120,7 @@ class ThreadPool {
     helpers_.fetch_add(1, std::memory_order_seq_cst);
     while (!is_done.load(std::memory_order_acquire)) {
       take_tiles(0);
-      for (int i = 0; i < 32 && !has_tiles() && !is_done.load(std::memory_order_acquire); ++i) fetch_or_relax(0);
+      for (int i = 0; i < 32 && !ranges_[0].has_tiles() && !is_done.load(std::memory_order_acquire); ++i) fetch_or_relax(0);
     }
     helpers_.fetch_sub(1, std::memory_order_seq_cst);
   }
@@ -136,26 +139,37 @@ class ThreadPool {
   static constexpr int kDriver = 1;
   // Longer than the gaps between two operations and between two steps, shorter than what a neighbour would miss.
   static constexpr std::chrono::microseconds kSpin{1000};
-  static constexpr std::chrono::microseconds kSlowTile{1000};
+  // Tiles that are taken at once. To take some, and to say that they are done, waits until what a thread wrote before has
+  // arrived, and outputs go to lines that other cores hold.
+  static constexpr int64_t kMostTaken = 8;
+  static constexpr std::chrono::microseconds kSlowTiles{1000};  // that were taken at once
   static constexpr std::chrono::milliseconds kNeighbour{20}, kRest{50}, kLongestRest{800};
+
+  struct Tiles {
+    int64_t first = 0, end = 0;
+    bool any() const { return first < end; }
+  };
 
   // Tiles [next, end) that a thread is to take first; then others help it.
   class alignas(64) Range {
    public:
-    void store(uint64_t next, uint64_t end) { state_.store(end << 32 | next, std::memory_order_seq_cst); }
-    bool has_tiles() const {
-      const uint64_t t = state_.load(std::memory_order_seq_cst);
-      return (t & kNext) < (t >> 32);
-    }
-    // One fetch_add reads the end and takes the next tile at once. A tile so taken is not done yet, so run() cannot have
-    // returned, so job_ is the job that the tile belongs to, however late this thread comes. -1: none was left.
-    int64_t take() {
-      if (!has_tiles()) return -1;
-      const uint64_t t = state_.fetch_add(1, std::memory_order_acq_rel);
-      return (t & kNext) < (t >> 32) ? static_cast<int64_t>(t & kNext) : -1;
+    void store(uint64_t next, uint64_t end) { state_.store(end << 32 | next, std::memory_order_release); }
+    bool has_tiles() const { return left(state_.load(std::memory_order_seq_cst)) > 0; }
+    // Half of what is left, `most` at most. One fetch_add reads the end and takes them at once. A tile so taken is not done yet, so
+    // run() cannot have returned, so job_ is the job that the tile belongs to, however late this thread comes.
+    Tiles take(int64_t most) {
+      const int64_t seen = left(state_.load(std::memory_order_seq_cst));
+      if (seen <= 0) return {};
+      const int64_t n = std::min(std::max<int64_t>(seen / 2, 1), most);
+      const uint64_t t = state_.fetch_add(n, std::memory_order_acq_rel);
+      const int64_t first = t & kNext;
+      return {first, first + std::min(n, left(t))};
     }
 
    private:
+    static int64_t left(uint64_t state) {
+      return static_cast<int64_t>(state >> 32) - static_cast<int64_t>(state & kNext);
+    }
     std::atomic<uint64_t> state_{0};
   };
 
@@ -197,23 +211,29 @@ class ThreadPool {
     return std::any_of(ranges_.begin(), ranges_.begin() + num_workers_ + 1, [](const Range& r) { return r.has_tiles(); });
   }
 
-  int64_t take(int thread) {
+  Tiles take(int thread) {
+    const int64_t most = are_long_ ? 1 : kMostTaken;
     for (int i = 0; i <= num_workers_; ++i) {
-      const int64_t tile = ranges_[(thread + i) % (num_workers_ + 1)].take();
-      if (tile >= 0) return tile;
+      const Tiles tiles = ranges_[(thread + i) % (num_workers_ + 1)].take(most);
+      if (tiles.any()) return tiles;
     }
-    return -1;
+    return {};
   }
 
+  // Tiles are counted as done when there are no more.
   void take_tiles(int thread) {
+    Tiles tiles = take(thread);
+    if (!tiles.any()) return;
+    int64_t taken = 0;
     Clock::time_point before = Clock::now();
-    for (int64_t tile = take(thread); tile >= 0; tile = take(thread)) {
-      (*job_)(tile);
-      done_.fetch_add(1, std::memory_order_acq_rel);
+    for (; tiles.any(); tiles = take(thread)) {
+      for (int64_t tile = tiles.first; tile < tiles.end; ++tile) (*job_)(tile);
+      taken += tiles.end - tiles.first;
       const Clock::time_point after = Clock::now();
-      if (after - before > kSlowTile && may_rest_ && was_put_aside()) put_aside(after);
+      if (after - before > kSlowTiles && !are_long_ && was_put_aside()) put_aside(after);
       before = after;
     }
+    done_.fetch_add(taken, std::memory_order_acq_rel);
   }
 
   // Whether the system took the core from this thread since it last asked.
@@ -305,10 +325,10 @@ class ThreadPool {
     const auto until = Clock::now() + kSpin;
     do {
       for (int i = 0; i < 32; ++i) {  // a pause takes 4 to 140 cycles, by processor
-        if (has_tiles() || must_drive(worker) || stopping_.load(std::memory_order_relaxed)) return;
+        if (ranges_[worker].has_tiles() || must_drive(worker) || stopping_.load(std::memory_order_relaxed)) return;
         fetch_or_relax(worker);
       }
-    } while (Clock::now() < until);
+    } while (!has_tiles() && Clock::now() < until);
   }
 
   void stop() {
@@ -335,7 +355,7 @@ class ThreadPool {
   const std::function<void(int64_t)>* job_ = nullptr;
   const std::function<std::atomic<bool>*()>* program_ = nullptr;
   std::atomic<int> driving_{kNobody}, num_waiting_{0}, helpers_{0};
-  std::atomic<bool> may_rest_{true};  // as the job's tiles are short
+  std::atomic<bool> are_long_{false};  // the job's tiles
   std::vector<Range> ranges_{1};  // of each thread, the caller's first
   std::vector<Fetched> fetched_{1};
   std::atomic<const char*> expected_data_{nullptr};
