@@ -15,7 +15,8 @@ class StepInputs:
     """
 
     slot_mapping: torch.Tensor
-    """int64[T]: where each token's key and value go: block * block_size + offset."""
+    """int64[T]: where each token's key and value go: block * block_size + offset. No row of several may read where a row of one
+    token writes, its own last position: kernels write it as they read the row."""
     cu_seqlens: torch.Tensor
     """int32[R + 1]: row r's tokens are [cu_seqlens[r], cu_seqlens[r + 1])."""
     block_tables: torch.Tensor

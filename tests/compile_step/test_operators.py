@@ -332,6 +332,15 @@ def test_attention_equals_the_reference(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_token_goes_where_its_slot_says_though_its_row_reads_another(dtype: torch.dtype) -> None:
+    case = Case(Shape(dtype=dtype), [(1, 20), (1, 300), (1, 7), (2, 18)], num_padded=0)
+    case.slot_mapping[:2] = case.slot_mapping[:2].flip(0)
+    arguments = case.arguments()
+    out = torch.ops.multibatch.paged_attention(*arguments)
+    assert case.problems(out, *arguments[3:5]) == []
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("dim", "value_dim"), HEADS)
 def test_a_position_has_the_same_bits_alone_and_in_a_chunk(dtype: torch.dtype, dim: int, value_dim: int) -> None:
     shape = Shape(dim=dim, value_dim=value_dim, group=7, dtype=dtype)

@@ -24,6 +24,14 @@ struct Call {
   const int64_t* slots;     // [T]
   int64_t num_rows, num_tokens;
 
+  // Whether this row's only new token goes where it reads it, which no other row of the call does: then the tile that reads it
+  // writes it, and nobody waits in between.
+  bool writes_itself(int64_t row) const {
+    if (starts[row + 1] - starts[row] != 1) return false;
+    const int64_t last = lengths[row] - 1, block = tables[row * shape.max_blocks + last / shape.block_size];
+    return slots[starts[row]] == block * shape.block_size + last % shape.block_size;
+  }
+
   // x: a query or key of this token, [head_dim].
   template <typename T>
   void rotate_token(int64_t token, float* x) const {
@@ -44,26 +52,42 @@ void head_to_floats(const T* from, int64_t stride, float* to, int64_t n) {
   for (int64_t d = 0; d < n; ++d) to[d] = to_float(from[d * stride]);
 }
 
+// Keys and values of a call's new tokens, and the pool that they go to.
 template <typename T>
-void write_pool(const Call& call, const at::Tensor& key, const at::Tensor& value, T* key_pool, T* value_pool) {
-  const AttentionShape& s = call.shape;
-  const T* k = reinterpret_cast<const T*>(key.const_data_ptr());
-  const T* v = reinterpret_cast<const T*>(value.const_data_ptr());
-  auto write = [&](int64_t t) {
-    const int64_t block = call.slots[t] / s.block_size, offset = call.slots[t] % s.block_size;
+struct NewTokens {
+  const Call& call;
+  const at::Tensor &key, &value;
+  T *key_pool, *value_pool;
+
+  void write(int64_t token, int64_t head) const {
+    const AttentionShape& s = call.shape;
+    const int64_t block = call.slots[token] / s.block_size, offset = call.slots[token] % s.block_size;
+    const T* k_from = reinterpret_cast<const T*>(key.const_data_ptr()) + head * key.stride(1) + token * key.stride(2);
+    const T* v_from = reinterpret_cast<const T*>(value.const_data_ptr()) + head * value.stride(1) + token * value.stride(2);
+    T* k_to = key_pool + (block * s.num_kv_heads + head) * s.head_dim * s.block_size + offset;
+    T* v_to = value_pool + ((block * s.num_kv_heads + head) * s.block_size + offset) * s.value_dim;
     float* rotated = row_buffer<float>(s.head_dim);
-    for (int64_t h = 0; h < s.num_kv_heads; ++h) {
-      T* k_to = key_pool + (block * s.num_kv_heads + h) * s.head_dim * s.block_size + offset;
-      head_to_floats(k + h * key.stride(1) + t * key.stride(2), key.stride(3), rotated, s.head_dim);
-      call.rotate_token<T>(t, rotated);
-      for (int64_t d = 0; d < s.head_dim; ++d) k_to[d * s.block_size] = static_cast<T>(rotated[d]);  // exact
-      T* v_to = value_pool + ((block * s.num_kv_heads + h) * s.block_size + offset) * s.value_dim;
-      const T* v_from = v + h * value.stride(1) + t * value.stride(2);
-      for (int64_t d = 0; d < s.value_dim; ++d) v_to[d] = v_from[d * value.stride(3)];
+    head_to_floats(k_from, key.stride(3), rotated, s.head_dim);
+    call.rotate_token<T>(token, rotated);
+    for (int64_t d = 0; d < s.head_dim; ++d) k_to[d * s.block_size] = static_cast<T>(rotated[d]);  // exact
+    for (int64_t d = 0; d < s.value_dim; ++d) v_to[d] = v_from[d * value.stride(3)];
+  }
+
+  // All that no row writes itself: of chunks, which are read by many tiles, and padding.
+  void write_others() const {
+    std::vector<int64_t> tokens;
+    int64_t next = 0;
+    for (int64_t r = 0; r < call.num_rows; ++r) {
+      if (!call.writes_itself(r)) continue;
+      for (; next < call.starts[r]; ++next) tokens.push_back(next);
+      next = call.starts[r + 1];
     }
-  };
-  run_tiles(call.num_tokens >= 4, call.num_tokens, write);
-}
+    for (; next < call.num_tokens; ++next) tokens.push_back(next);
+    run_tiles(tokens.size() >= 4, tokens.size(), [&](int64_t i) {
+      for (int64_t h = 0; h < call.shape.num_kv_heads; ++h) write(tokens[i], h);
+    });
+  }
+};
 
 inline int64_t spans_of(const Call& call, const Tile& tile) {
   const int64_t chunk = call.starts[tile.row + 1] - call.starts[tile.row];
@@ -141,8 +165,7 @@ struct Partials {
 };
 
 template <typename T>
-void attend_tiles(const Call& call, const at::Tensor& query, const T* key_pool, const T* value_pool,
-                  const float* sinks, T* out) {
+void attend_tiles(const Call& call, const at::Tensor& query, const NewTokens<T>& tokens, const float* sinks, T* out) {
   const AttentionShape& s = call.shape;
   const std::vector<Tile> tiles = tiles_of(call);
   const bool split = std::any_of(tiles.begin(), tiles.end(), [](const Tile& t) { return t.span >= 0; });
@@ -151,8 +174,10 @@ void attend_tiles(const Call& call, const at::Tensor& query, const T* key_pool, 
     static thread_local Scratch scratch;
     scratch.fit(s);
     const Tile& tile = tiles[i];
+    const bool is_last = tile.span < 0 || tile.span == spans_of(call, tile) - 1;
+    if (is_last && call.writes_itself(tile.row)) tokens.write(tile.token, tile.kv_head);
     const Queries<Lane<T>> queries = queries_of<T>(call, tile, query, scratch);
-    const Blocks<T> blocks{key_pool, value_pool, call.tables + tile.row * s.max_blocks, tile.kv_head};
+    const Blocks<T> blocks{tokens.key_pool, tokens.value_pool, call.tables + tile.row * s.max_blocks, tile.kv_head};
     auto attend = [&](int64_t span, Partial into) {
       attend_span(queries, blocks, span * kSpan, (span + 1) * kSpan, into, scratch, s);
     };
@@ -233,10 +258,10 @@ inline at::Tensor attention(const at::Tensor& query, const at::Tensor& key, cons
   if (first > 0) out.narrow(1, 0, first).zero_();
   if (end < out.size(1)) out.narrow(1, end, out.size(1) - end).zero_();
   MULTIBATCH_DISPATCH(query.scalar_type(), "paged_attention", {
-    T* keys = reinterpret_cast<T*>(key_pool.data_ptr());
-    T* values = reinterpret_cast<T*>(value_pool.data_ptr());
-    write_pool<T>(call, key, value, keys, values);
-    attend_tiles<T>(call, query, keys, values, sink_data, reinterpret_cast<T*>(out.data_ptr()));
+    const NewTokens<T> tokens{call, key, value, reinterpret_cast<T*>(key_pool.data_ptr()),
+                              reinterpret_cast<T*>(value_pool.data_ptr())};
+    tokens.write_others();
+    attend_tiles<T>(call, query, tokens, sink_data, reinterpret_cast<T*>(out.data_ptr()));
   });
   return out;
 }
