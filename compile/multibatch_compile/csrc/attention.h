@@ -48,7 +48,7 @@ struct Tile {
 // One head of a token, any distance apart, as floats.
 template <typename T>
 void head_to_floats(const T* from, int64_t stride, float* to, int64_t n) {
-  if (stride == 1) return floats_from(from, to, n);
+  if (stride == 1) return convert(from, to, n);
   for (int64_t d = 0; d < n; ++d) to[d] = to_float(from[d * stride]);
 }
 
@@ -147,7 +147,7 @@ void store(const Call& call, const Tile& tile, Partial state, const float* sinks
       const float total = state.sum[row] + (sinks ? std::exp(sinks[head] - state.max[row]) : 0.0f);
       const float inverse = 1.0f / total;
       for (int64_t d = 0; d < s.value_dim; ++d) from[d] *= inverse;
-      floats_to(from, out + (t * s.num_heads + head) * s.value_dim, s.value_dim);
+      convert(from, out + (t * s.num_heads + head) * s.value_dim, s.value_dim);
     }
 }
 
@@ -281,7 +281,7 @@ inline at::Tensor rotary_attention(const at::Tensor& query, const at::Tensor& ke
                                    const at::Tensor& block_tables, const at::Tensor& seq_lens,
                                    const std::optional<at::Tensor>& sinks, double scale, int64_t sliding_window,
                                    double softcap) {
-  const int64_t dims = cos.size(-1), most = std::min(query.size(3), kStretch);
+  const int64_t dims = cos.size(-1), most = query.size(3);
   TORCH_CHECK(cos.sizes() == sin.sizes() && cos.numel() == query.size(2) * dims && dims % 2 == 0 && dims <= most,
               "rotary_attention: cosines ", cos.sizes(), " and sines ", sin.sizes(), "; allowed: [1, 1, ", query.size(2),
               ", an even number up to ", most, "]");

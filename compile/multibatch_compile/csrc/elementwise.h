@@ -11,18 +11,6 @@
 
 namespace multibatch {
 
-constexpr int64_t kStretch = 256;  // elements that are converted to floats at a time
-
-// Rounds floats to T and back: what storing an intermediate result does.
-template <typename T>
-inline void round_to(float* values, int64_t n) {
-  if constexpr (!std::is_same_v<T, float>) {
-    T narrow[kStretch];
-    floats_to(values, narrow, n);
-    floats_from(narrow, values, n);
-  }
-}
-
 struct NormOptions {
   float epsilon;
   float offset;      // added to the weight: 1 where the weight is stored as a difference from 1 (Gemma)
@@ -32,63 +20,45 @@ struct NormOptions {
 // y = x / sqrt(mean(x^2) + epsilon) * (weight + offset), for one row of n elements.
 template <typename T>
 void rms_norm_row(const T* x, const T* weight, T* y, int64_t n, NormOptions o) {
-  alignas(64) float stretch[kStretch], scale[kStretch];
   f32x16 squares{};
-  for (int64_t k = 0; k < n; k += kStretch) {
-    const int64_t live = std::min(kStretch, n - k);
-    std::fill(stretch + live / 16 * 16, stretch + std::min(kStretch, (live + 15) / 16 * 16), 0.0f);
-    floats_from(x + k, stretch, live);
-    for (int64_t i = 0; i < live; i += 16) {
-      f32x16 v = load_vector<f32x16>(stretch + i);
-      squares += v * v;
-    }
-  }
+  for_sixteens(n, [&](int64_t i, int64_t live) {
+    const f32x16 v = floats_of(x + i, live);
+    squares += v * v;
+  });
   const float inverse = 1.0f / std::sqrt(sum(squares) / static_cast<float>(n) + o.epsilon);
-  for (int64_t k = 0; k < n; k += kStretch) {
-    const int64_t live = std::min(kStretch, n - k);
-    floats_from(x + k, stretch, live);
-    floats_from(weight + k, scale, live);
-    for (int64_t i = 0; i < live; ++i) stretch[i] *= inverse;
-    if (o.round_first) round_to<T>(stretch, live);
-    for (int64_t i = 0; i < live; ++i) stretch[i] *= scale[i] + o.offset;
-    floats_to(stretch, y + k, live);
-  }
+  for_sixteens(n, [&](int64_t i, int64_t live) {
+    const f32x16 v = floats_of(x + i, live) * inverse;
+    store_floats((o.round_first ? rounded<T>(v) : v) * (floats_of(weight + i, live) + o.offset), y + i, live);
+  });
 }
 
 // Turns the first `dims` of one head's numbers by the angles of its position (Su et al. 2021, in the form of two halves), and
-// rounds them to T. dims: even, kStretch at most.
+// rounds them to T. dims: even.
 template <typename T>
 void rotate(float* x, const T* cosines, const T* sines, int64_t dims) {
-  alignas(64) float cos[kStretch], sin[kStretch];
-  floats_from(cosines, cos, dims);
-  floats_from(sines, sin, dims);
   const int64_t half = dims / 2;
-  for (int64_t d = 0; d < half; ++d) {
-    const float a = x[d], b = x[d + half];
-    x[d] = a * cos[d] - b * sin[d];
-    x[d + half] = b * cos[d + half] + a * sin[d + half];
-  }
-  round_to<T>(x, dims);
+  for_sixteens(half, [&](int64_t d, int64_t live) {
+    const f32x16 a = floats_of(x + d, live), b = floats_of(x + half + d, live);
+    store_floats(rounded<T>(a * floats_of(cosines + d, live) - b * floats_of(sines + d, live)), x + d, live);
+    const f32x16 cos = floats_of(cosines + half + d, live), sin = floats_of(sines + half + d, live);
+    store_floats(rounded<T>(b * cos + a * sin), x + half + d, live);
+  });
 }
 
 // The largest of n numbers; NaN where there is one among them.
 template <typename T>
 float maximum(const T* x, int64_t n) {
-  alignas(64) float stretch[kStretch];
   f32x16 largest = splat(-std::numeric_limits<float>::infinity());
+  i32x16 wrong{};
+  for_sixteens(n, [&](int64_t i, int64_t live) {
+    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    f32x16 v = floats_of(x + i, live);
+    wrong |= v != v;
+    if (live < 16) v = lane < static_cast<int32_t>(live) ? v : largest;
+    largest = v > largest ? v : largest;
+  });
   bool nan = false;
-  for (int64_t k = 0; k < n; k += kStretch) {
-    const int64_t live = std::min(kStretch, n - k);
-    floats_from(x + k, stretch, live);
-    std::fill(stretch + live, stretch + (live + 15) / 16 * 16, stretch[0]);
-    i32x16 wrong{};
-    for (int64_t i = 0; i < live; i += 16) {
-      f32x16 v = load_vector<f32x16>(stretch + i);
-      wrong |= v != v;
-      largest = v > largest ? v : largest;
-    }
-    for (int i = 0; i < 16; ++i) nan = nan || wrong[i] != 0;
-  }
+  for (int i = 0; i < 16; ++i) nan = nan || wrong[i] != 0;
   return nan ? std::numeric_limits<float>::quiet_NaN() : max(largest);
 }
 
@@ -150,14 +120,9 @@ inline f32x16 gated_product(f32x16 gate, f32x16 up, Activation activation) {
 // The same for rows of n elements, stored as T.
 template <typename T>
 void gate_row(const T* gate, const T* up, T* out, int64_t n, Activation activation) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store_floats(gated_product<T>(floats_of(gate + i), floats_of(up + i), activation), out + i);
-  if (i == n) return;
-  T last[3][16] = {};
-  std::copy(gate + i, gate + n, last[0]);
-  std::copy(up + i, up + n, last[1]);
-  store_floats(gated_product<T>(floats_of(last[0]), floats_of(last[1]), activation), last[2]);
-  std::copy_n(last[2], n - i, out + i);
+  for_sixteens(n, [&](int64_t i, int64_t live) {
+    store_floats(gated_product<T>(floats_of(gate + i, live), floats_of(up + i, live), activation), out + i, live);
+  });
 }
 
 }  // namespace multibatch

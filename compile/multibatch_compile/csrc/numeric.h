@@ -7,6 +7,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -49,11 +50,6 @@ inline float to_float(c10::Half x) { return static_cast<float>(x); }
 // Sixteen elements as floats.
 inline f32x16 floats_of(const float* from) { return load_vector<f32x16>(from); }
 
-template <typename T>
-inline void floats_from(const T* from, float* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = to_float(from[i]);
-}
-
 using u16x16 = uint16_t __attribute__((vector_size(32)));
 
 // One instruction each with AVX-512; GCC 12 makes five of __builtin_convertvector.
@@ -78,12 +74,6 @@ inline u16x16 narrow(u32x16 v) {
 inline f32x16 floats_of(const c10::BFloat16* from) {
   u32x16 bits = widen(load_vector<u16x16>(from)) << 16;
   return load_vector<f32x16>(&bits);
-}
-
-inline void floats_from(const c10::BFloat16* from, float* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store_vector(to + i, floats_of(from + i));
-  for (; i < n; ++i) to[i] = to_float(from[i]);
 }
 
 // 16 halves as floats and back (to nearest, ties to even). By name: GCC converts plain loops one at a time, through memory.
@@ -112,17 +102,6 @@ inline void store_halves(f32x16 value, c10::Half* to) {
 #else
   for (int i = 0; i < 16; ++i) to[i] = static_cast<c10::Half>(value[i]);
 #endif
-}
-
-inline void floats_from(const c10::Half* from, float* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store_vector(to + i, floats_of(from + i));
-  for (; i < n; ++i) to[i] = to_float(from[i]);
-}
-
-template <typename T>
-inline void floats_to(const float* from, T* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) to[i] = static_cast<T>(from[i]);
 }
 
 // Sixteen floats as bfloat16, to nearest, ties to even; a NaN stays one. The instruction takes what is below the smallest normal
@@ -157,16 +136,35 @@ inline void store_floats(f32x16 value, float* to) { store_vector(to, value); }
 inline void store_floats(f32x16 value, c10::BFloat16* to) { store_vector(to, bfloat16_of(value)); }
 inline void store_floats(f32x16 value, c10::Half* to) { store_halves(value, to); }
 
-inline void floats_to(const float* from, c10::BFloat16* to, int64_t n) {
-  int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store_floats(load_vector<f32x16>(from + i), to + i);
-  for (; i < n; ++i) to[i] = static_cast<c10::BFloat16>(from[i]);
+// The first `live` of sixteen elements as floats, with zeros behind them; and back. 16 and more: all.
+template <typename T>
+inline f32x16 floats_of(const T* from, int64_t live) {
+  if (live >= 16) return floats_of(from);
+  T copy[16] = {};
+  std::copy_n(from, live, copy);
+  return floats_of(copy);
 }
 
-inline void floats_to(const float* from, c10::Half* to, int64_t n) {
+template <typename T>
+inline void store_floats(f32x16 value, T* to, int64_t live) {
+  if (live >= 16) return store_floats(value, to);
+  T copy[16];
+  store_floats(value, copy);
+  std::copy_n(copy, live, to);
+}
+
+// Calls fn(first, live) for each sixteen of n elements, of which the last may have fewer that live.
+template <typename F>
+inline void for_sixteens(int64_t n, const F& fn) {
   int64_t i = 0;
-  for (; i + 16 <= n; i += 16) store_halves(load_vector<f32x16>(from + i), to + i);
-  for (; i < n; ++i) to[i] = static_cast<c10::Half>(from[i]);
+  for (; i + 16 <= n; i += 16) fn(i, int64_t{16});
+  if (i < n) fn(i, n - i);
+}
+
+// n elements of one type as another, by way of floats.
+template <typename From, typename To>
+inline void convert(const From* from, To* to, int64_t n) {
+  for_sixteens(n, [=](int64_t i, int64_t live) { store_floats(floats_of(from + i, live), to + i, live); });
 }
 
 // 2^n p, for whole numbers n from -173 to 0 and p from 0.7 to 1.5. Below what a float can hold: 0, or the nearest with AVX-512.

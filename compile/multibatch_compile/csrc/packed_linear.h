@@ -480,7 +480,7 @@ template <typename W, typename T>
 void pack_row(const T* x, int64_t K, int64_t num_lanes, float* out, int64_t distance) {
   for (int64_t k = 0; k < num_lanes; k += kChunk, out += distance) {
     const int64_t n = std::min(kChunk, num_lanes - k), live = std::clamp<int64_t>(K - k, 0, n);
-    floats_from(x + k, out, live);
+    convert(x + k, out, live);
     std::fill(out + live, out + n, 0.0f);
   }
 }
@@ -498,22 +498,15 @@ void pack_row(const T* x, int64_t K, int64_t num_lanes, uint32_t* out, int64_t d
 // Symmetric scale of one row: its largest magnitude becomes 127. NaN where the row is not finite, so that what follows is.
 template <typename T>
 float row_scale(const T* x, int64_t K) {
-  alignas(64) float stretch[kStretch];
   f32x16 largest{};
+  i32x16 wrong{};
+  for_sixteens(K, [&](int64_t k, int64_t live) {
+    const f32x16 v = floats_of(x + k, live), magnitude = v < 0.0f ? -v : v;
+    wrong |= ~(magnitude <= std::numeric_limits<float>::max());
+    largest = magnitude > largest ? magnitude : largest;
+  });
   bool finite = true;
-  for (int64_t k = 0; k < K; k += kStretch) {
-    const int64_t n = std::min(kStretch, K - k);
-    std::fill(stretch + n / 16 * 16, stretch + std::min(kStretch, (n + 15) / 16 * 16), 0.0f);
-    floats_from(x + k, stretch, n);
-    i32x16 wrong{};
-    for (int64_t i = 0; i < n; i += 16) {
-      f32x16 v = load_vector<f32x16>(stretch + i);
-      f32x16 magnitude = v < 0.0f ? -v : v;
-      wrong |= ~(magnitude <= std::numeric_limits<float>::max());
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    for (int i = 0; i < 16; ++i) finite = finite && wrong[i] == 0;
-  }
+  for (int i = 0; i < 16; ++i) finite = finite && wrong[i] == 0;
   return finite ? max(largest) / 127.0f : std::numeric_limits<float>::quiet_NaN();
 }
 
@@ -522,20 +515,14 @@ float row_scale(const T* x, int64_t K) {
 template <typename T>
 void quantize_row(const T* x, int64_t K, int64_t units, float scale, uint32_t* out, int64_t distance) {
   using bytes = uint8_t __attribute__((vector_size(16)));
-  constexpr int64_t step = kStretch / 4;  // units
-  static_assert(kChunk % step == 0);
-  alignas(64) float stretch[kStretch];
-  for (int64_t u = 0; u < units; u += step) {
-    const int64_t n = std::min(step, units - u), live = std::clamp<int64_t>(K - 4 * u, 0, 4 * n);
-    std::fill(stretch + live, stretch + kStretch, 0.0f);
-    floats_from(x + 4 * u, stretch, live);
-    char* to = reinterpret_cast<char*>(out + u / kChunk * distance + u % kChunk);
-    for (int64_t i = 0; i < 4 * n; i += 16) {
-      f32x16 shifted = load_vector<f32x16>(stretch + i) / scale + 12582912.0f;
-      i32x16 bits = load_vector<i32x16>(&shifted);
-      store_vector(to + i, __builtin_convertvector(bits + 128, bytes));
-    }
-  }
+  static_assert(kChunk % 4 == 0);  // units of a vector
+  for (int64_t u = 0; u < units; u += kChunk, out += distance)
+    for_sixteens(4 * std::min(kChunk, units - u), [&](int64_t i, int64_t live) {
+      const f32x16 v = floats_of(x + 4 * u + i, std::clamp<int64_t>(K - 4 * u - i, 0, live));
+      const f32x16 shifted = v / scale + 12582912.0f;
+      const bytes all = __builtin_convertvector(load_vector<i32x16>(&shifted) + 128, bytes);
+      std::memcpy(reinterpret_cast<char*>(out) + i, &all, live);
+    });
 }
 
 }  // namespace multibatch

@@ -167,7 +167,7 @@ inline void put_lanes(const float* floats, float* lanes, int64_t n) { std::copy_
 
 inline void put_lanes(const float* floats, uint32_t* lanes, int64_t n) {
   lanes[(n - 1) / 2] = 0;  // behind an odd number
-  floats_to(floats, reinterpret_cast<c10::BFloat16*>(lanes), n);
+  convert(floats, reinterpret_cast<c10::BFloat16*>(lanes), n);
 }
 
 // Sixteen floats as lanes.

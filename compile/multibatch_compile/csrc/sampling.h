@@ -43,7 +43,7 @@ struct WeightOf {
         x = floats_of(logits + i);
       } else {
         std::fill(last, last + 16, -std::numeric_limits<float>::infinity());
-        floats_from(logits + i, last, n - i);
+        convert(logits + i, last, n - i);
         x = load_vector<f32x16>(last);
       }
       const f32x16 weights = exp_nonpositive(x / temperature - peak) * scale;
