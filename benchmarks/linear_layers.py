@@ -40,14 +40,14 @@ class Layer:
     """Of its input, of what is between two layers, of its output."""
     call: Callable[[list[Weight]], torch.Tensor]
 
-    def weights(self, features: tuple[int, ...], dtype: torch.dtype, is_int8: bool) -> list[list[Weight]]:
+    def weights(self, features: tuple[int, ...], dtype: torch.dtype, quantization: str) -> list[list[Weight]]:
         """Random ones for layers of these features, packed."""
         made: list[list[Weight]] = []
         for _ in range(_COPIES):
             weights: list[Weight] = []
             for in_features, out_features in shapes_of(features):
                 weight = torch.randn(out_features, in_features, dtype=dtype)
-                linear = PackedLinear(weight, None, "int8" if is_int8 else "none")
+                linear = PackedLinear(weight, None, quantization)
                 weights.append((linear.weight, None, linear.scales, linear.sums, linear.out_features))
             made.append(weights)
         return made
@@ -108,11 +108,13 @@ def products_of(features: tuple[int, ...]) -> int:
     return sum(in_features * out_features for in_features, out_features in shapes_of(features))
 
 
-def measure(layer: Layer, tokens: int, dtype: torch.dtype, is_int8: bool, repeats: int) -> tuple[float, float, float]:
+def measure(
+    layer: Layer, tokens: int, dtype: torch.dtype, quantization: str, repeats: int
+) -> tuple[float, float, float]:
     """Seconds of a call, of preparing it, and of its products at the peak; medians."""
     few = (layer.features[0], *(ops.PANEL for _ in layer.features[1:]))
-    whole, one = layer.weights(layer.features, dtype, is_int8), layer.weights(few, dtype, is_int8)
-    kind = torch.int8 if is_int8 else dtype
+    whole, one = layer.weights(layer.features, dtype, quantization), layer.weights(few, dtype, quantization)
+    kind = ops.QUANTIZED.get(quantization, dtype)
     found: list[tuple[float, float, float]] = []
     for _ in range(repeats + 1):
         before = ops.peak_rate(kind, 0.02)
@@ -134,14 +136,17 @@ def main() -> None:
     artifact = Artifact.open(arguments.artifact)
     programs, manifest = load_programs(artifact), artifact.manifest
     config = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
-    dtype, is_int8 = DTYPES[manifest.model.dtype], manifest.quantization is not None
+    dtype, quantization = (
+        DTYPES[manifest.model.dtype],
+        manifest.quantization.scheme if manifest.quantization else "none",
+    )
     with programs.own_threads():
         for tokens in map(int, arguments.tokens.split(",")):
-            dtype_name = "int8" if is_int8 else manifest.model.dtype
+            dtype_name = manifest.model.dtype if quantization == "none" else quantization
             print(f"{tokens} tokens, {dtype_name}: ms, of it prepare; share of the peak, of products alone")
             total = [0.0, 0.0, 0.0]
             for layer in layers_of(config, tokens, dtype):
-                times = measure(layer, tokens, dtype, is_int8, arguments.repeats)
+                times = measure(layer, tokens, dtype, quantization, arguments.repeats)
                 total = [a + b for a, b in zip(total, times, strict=True)]
                 print(line(layer.name, *times), flush=True)
             print(line("a block", *total), flush=True)

@@ -1,7 +1,7 @@
 """multibatch as one of the engines of a side-by-side measurement: greedy, token ids in and out, one call at a time.
 
 The kit that runs the engines in turn brings `common` (workloads, clock, JSON lines) and starts this as
-`peer_multibatch.py VARIANT w1|w2|check`. A variant is `bf16` or `int8`: one program for any batch size up to 16; with a ladder
+`peer_multibatch.py VARIANT w1|w2|check`. A variant is `bf16`, `int8` or `int4`: one program for any batch size up to 16; with a ladder
 after a colon, such as `bf16:1,4,16`, a decoder for each size. Artifacts are kept and used again.
 """
 
@@ -21,7 +21,7 @@ from multibatch.sampling_params import RequestOutputKind, SamplingParams
 
 MOST = 16
 MAX_SEQ_LEN = 1280
-QUANTIZATION = {"bf16": "none", "int8": "int8"}
+QUANTIZATION = {"bf16": "none", "int8": "int8", "int4": "int4"}
 
 
 def load(model_dir: str, variant: str, max_running: int) -> Engine:

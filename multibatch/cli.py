@@ -88,7 +88,9 @@ main.add_command(bench)
 )
 @click.option("--max-num-batched-tokens", type=int, help="Prompt tokens of one call of any length; default 1024.")
 @click.option("--dtype", help="bfloat16, float16 or float32; default: the checkpoint's.")
-@click.option("--quantization", default="none", show_default=True, help="none, or int8: a byte per weight.")
+@click.option(
+    "--quantization", default="none", show_default=True, help="none, int8 (a byte per weight) or int4 (4.5 bits)."
+)
 @click.option("--backend", default="inductor", show_default=True, help="inductor, or eager (nothing compiled).")
 @click.option("--portable", is_flag=True, help="Serve older processors too (on x86: AVX2), more slowly.")
 @click.option("--device", default="cpu", show_default=True, help="cpu.")

@@ -20,7 +20,8 @@ def measure_roofline(manifest: Manifest) -> Roofline:
     """The best of seven tries each; takes about a second. The artifact's programs must be loaded."""
     gproducts = None
     if manifest.build.backend == "inductor":
-        weights = DTYPES[manifest.model.dtype] if manifest.quantization is None else torch.int8
+        dtype, quantization = DTYPES[manifest.model.dtype], manifest.quantization
+        weights = dtype if quantization is None else ops.QUANTIZED[quantization.scheme]
         gproducts = max(ops.peak_rate(weights, _SECONDS) for _ in range(_REPEATS)) / 1e9
     return Roofline(bandwidth_gbps=measure_bandwidth(), gproducts=gproducts)
 

@@ -293,8 +293,9 @@ class Agreement:
 class Quantization:
     """Weights of fewer bits, and what that did to the outputs."""
 
-    # int8: signed bytes with one scale per output, activations rounded per token.
-    scheme: Literal["int8"]
+    # int8: signed bytes with one scale per output. int4: four bits with a scale for every 32 inputs of an output, the LM head
+    # as in int8. Activations are rounded per token.
+    scheme: Literal["int8", "int4"]
     # On uniformly random token ids.
     random_tokens: Agreement | None = None
     # On text that the quantised model sampled itself.

@@ -22,6 +22,9 @@ from multibatch.logit_passes import DrawOptions, LogitPasses
 PANEL = 32
 """Outputs of a packed weight that lie side by side."""
 
+QUANTIZED = {"int8": torch.int8, "int4": torch.uint8}
+"""The dtype of a packed weight that is quantised."""
+
 # The one Library object of the process: PyTorch drops the operators when it is collected.
 _LIBRARY = torch.library.Library("multibatch", "DEF")
 _LIBRARY.define(
@@ -248,7 +251,7 @@ def peak_rate(weight: torch.dtype, seconds: float) -> float:
     """Products per second of the linear kernel on all threads of the operators, with operands in the first cache.
 
     Args:
-        weight: float32, bfloat16, float16 or int8.
+        weight: float32, bfloat16, float16, int8, or uint8 for int4.
         seconds: how long to measure.
     """
     rate: float = torch.ops.multibatch.peak_rate(weight, seconds)

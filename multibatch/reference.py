@@ -164,6 +164,36 @@ def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (wide / steps[:, None]).round().to(torch.int8), scales
 
 
+GROUP = 32
+"""Inputs that have one scale in a weight of four bits."""
+
+
+def quantize_weight_by_group(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[N, K] -> int8[N, K] of -8 to 7 and bfloat16[N, ceil(K / 32)] scales, one for each group of inputs.
+
+    Symmetric, as GGML's Q4_0: the number of largest magnitude becomes -8, whatever its sign. Of that scale and some that are
+    near it each group takes the one with the least squared error.
+    """
+    n, k = weight.shape
+    wide = torch.nn.functional.pad(weight.detach().float(), (0, -k % GROUP)).view(n, -1, GROUP)
+    extreme = wide.gather(2, wide.abs().argmax(dim=2, keepdim=True))
+    divisor = torch.where(extreme == 0, torch.ones_like(extreme), extreme)
+    best = torch.full_like(extreme, torch.inf)
+    scales, rounded = torch.zeros_like(extreme), torch.zeros_like(wide)
+    for largest in (-8.0, -7.5, -7.0, -8.5, -9.0):
+        scale = (extreme / largest).bfloat16().float()
+        steps = (wide / torch.where(scale == 0, torch.ones_like(scale), scale)).round().clamp(-8, 7)
+        error = ((steps * scale - wide) / divisor).square().sum(dim=2, keepdim=True)
+        scales, rounded = torch.where(error < best, scale, scales), torch.where(error < best, steps, rounded)
+        best = torch.minimum(error, best)
+    return rounded.view(n, -1)[:, :k].to(torch.int8), scales.squeeze(2).bfloat16()
+
+
+def weight_of_groups(rounded: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """What `quantize_weight_by_group` made: float32[N, K]."""
+    return rounded.float() * scales.float().repeat_interleave(GROUP, dim=1)[:, : rounded.shape[1]]
+
+
 def int8_linear(
     x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -175,8 +205,22 @@ def int8_linear(
         scales: float32[N].
         bias: [N] or None.
     """
-    wide = x.float()
-    steps = wide.abs().amax(dim=-1, keepdim=True) / 127
-    rounded = (wide / torch.where(steps > 0, steps, torch.ones_like(steps))).round()
+    rounded, steps = quantize_rows(x)
     y = rounded @ weight.float().T * (steps * scales)
     return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def int4_linear(
+    x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """As `int8_linear`, with what `quantize_weight_by_group` gives."""
+    rounded, steps = quantize_rows(x)
+    y = rounded @ weight_of_groups(weight, scales).T * steps
+    return (y if bias is None else y + bias.float()).to(x.dtype)
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., K] -> float32[..., K] of whole numbers up to 127, and float32[..., 1]: what they are multiples of."""
+    wide = x.float()
+    steps = wide.abs().amax(dim=-1, keepdim=True) / 127
+    return (wide / torch.where(steps > 0, steps, torch.ones_like(steps))).round(), steps

@@ -93,7 +93,8 @@ def compile_model(
             prompts of any length, and decode rows with them.
         max_num_batched_tokens: prompt tokens of one call of that program; default 1,024.
         dtype: bfloat16, float16 or float32; default: the checkpoint's.
-        quantization: none, or int8: weights of one byte with a scale per output, activations rounded per token.
+        quantization: none, int8 (weights of one byte with a scale per output) or int4 (four bits with a scale for every 32
+            inputs of an output; the LM head in int8); activations are rounded to int8 per token in both.
         backend: inductor (AOTInductor programs) or eager (transformers' own code, nothing compiled).
         portable: also serve machines without this one's newer CPU features (on x86: those with AVX2), more slowly.
         device: cpu.
@@ -385,7 +386,7 @@ def _prove(staging: Staging, manifest: Manifest, loaded: LoadedModel, names: Seq
     reference, original = loaded.decoder, None
     if manifest.quantization is not None:
         with bars.stage("quantise the reference"):
-            reference, original = quantized_reference(loaded), loaded.decoder
+            reference, original = quantized_reference(loaded, manifest.quantization.scheme), loaded.decoder
     proven = []
     for spec in manifest.programs:
         if spec.name in names:
@@ -399,8 +400,11 @@ def _prove(staging: Staging, manifest: Manifest, loaded: LoadedModel, names: Seq
     manifest = dataclasses.replace(manifest, programs=tuple(proven), build=_with_rates(manifest))
     if manifest.quantization is not None:
         with bars.stage("compare with the original"):
-            engine = Engine(Artifact(staging.path, manifest), EngineConfig(), programs)
-            manifest = dataclasses.replace(manifest, quantization=compare(loaded, reference, engine))
+            engine, scheme = (
+                Engine(Artifact(staging.path, manifest), EngineConfig(), programs),
+                manifest.quantization.scheme,
+            )
+            manifest = dataclasses.replace(manifest, quantization=compare(loaded, reference, engine, scheme))
     with bars.stage("canary"):
         canary = record_canary(Artifact(staging.path, manifest), programs)
     manifest = dataclasses.replace(manifest, canary=canary)

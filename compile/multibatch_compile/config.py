@@ -13,7 +13,7 @@ from multibatch.ladder import DecoderLadder, resolve_ladder
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 Backend = Literal["inductor", "eager"]
-Quantization = Literal["none", "int8"]
+Quantization = Literal["none", "int8", "int4"]
 
 ANY = "any"
 """In place of batch sizes: no decoder for one size, the step program serves them all."""

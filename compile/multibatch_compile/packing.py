@@ -2,7 +2,8 @@
 
 The layout (also in artifacts/README.md): panels of 32 outputs, so that a panel is one contiguous stream for any number of
 rows. As many inputs lie side by side as one dot-product instruction takes: bfloat16 [ceil(N/32), ceil(K/2), 32, 2], int8
-[ceil(N/32), ceil(K/4), 32, 4], float32 and float16 [ceil(N/32), K, 32]. Zeros beyond N and K.
+[ceil(N/32), ceil(K/4), 32, 4], float32 and float16 [ceil(N/32), K, 32]. Of four bits, uint8 [ceil(N/32), ceil(K/64), 2, 576]:
+groups of 32 inputs, 512 bytes of their weights (two in a byte) and 32 scales in bfloat16. Zeros beyond N and K.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import nn
 
 from multibatch.errors import UnsupportedModelError
 from multibatch.ops import PANEL
-from multibatch.reference import quantize_weight
+from multibatch.reference import GROUP, quantize_weight, quantize_weight_by_group, weight_of_groups
 
 METADATA_KEY = "packing"
 """Where weights.safetensors holds a `Packing`."""
@@ -29,8 +30,9 @@ _UNIT = {torch.bfloat16: 2, torch.int8: 4}
 class Packing:
     """How a model's linear layers are packed. Kept with the weights, so that a program can be added later."""
 
-    quantization: Literal["none", "int8"] = "none"
-    """int8: a signed byte per weight with one scale per output; activations get a scale per token at run time."""
+    quantization: Literal["none", "int8", "int4"] = "none"
+    """int8: a signed byte per weight with one scale per output. int4: four bits with a scale for every 32 inputs of an output, and
+    int8 for the LM head. Activations get a scale per token at run time."""
     fused: tuple[tuple[str, ...], ...] = ()
     """Names of linear layers that get one input, in the order of their calls: packed as one."""
 
@@ -68,6 +70,24 @@ def pack(weight: torch.Tensor) -> torch.Tensor:
     return padded.view(shape[0], PANEL, shape[1], unit).permute(0, 2, 1, 3).reshape(shape).contiguous()
 
 
+def pack_groups(rounded: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """int8[N, K] of -8 to 7 and bfloat16[N, ceil(K/32)] -> uint8 [ceil(N/32), ceil(K/64), 2, 576]."""
+    n, k = rounded.shape
+    panels, units = -(-n // PANEL), -(-k // (2 * GROUP))
+    if rounded.device.type == "meta":
+        return rounded.new_empty((panels, units, 2, PANEL * (GROUP // 2 + 2)), dtype=torch.uint8)
+    padded = rounded.new_zeros((panels * PANEL, units * 2 * GROUP))
+    padded[:n, :k] = rounded
+    # [panel, output, group, p, half, byte]: a byte has input 8 p + byte and the one four further on.
+    parts = padded.view(panels, PANEL, 2 * units, 4, 2, 4).to(torch.uint8)
+    both = (parts[..., 0, :] & 15) | (parts[..., 1, :] << 4)
+    weights = both.permute(0, 2, 3, 1, 4).reshape(panels, 2 * units, PANEL * GROUP // 2)
+    wide = scales.new_zeros((panels * PANEL, 2 * units))
+    wide[:n, : scales.shape[1]] = scales
+    own = wide.view(panels, PANEL, 2 * units).transpose(1, 2).contiguous().view(torch.uint8)
+    return torch.cat([weights, own], dim=2).view(panels, units, 2, -1)
+
+
 class PackedLinear(nn.Module):
     """`nn.Linear` over a packed weight."""
 
@@ -85,14 +105,10 @@ class PackedLinear(nn.Module):
         if same is not None:
             self.weight, self.scales, self.sums = same.weight, same.scales, same.sums
             return
-        scales = sums = None
-        if quantization == "int8":
-            weight, scales = quantize_weight(weight)
-            # What 128, added to every activation byte to make it unsigned, adds to an output.
-            sums = weight.sum(dim=1, dtype=torch.int32)
+        packed, scales, sums = quantize_and_pack(weight, quantization)
         self.register_buffer("scales", scales)
         self.register_buffer("sums", sums)
-        self.weight = nn.Parameter(pack(weight), requires_grad=False)
+        self.weight = nn.Parameter(packed, requires_grad=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N]."""
@@ -100,6 +116,23 @@ class PackedLinear(nn.Module):
             x, self.weight, self.bias, self.scales, self.sums, self.out_features
         )
         return y
+
+
+def quantize_and_pack(
+    weight: torch.Tensor, quantization: str
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """[N, K] -> what the operators take of it: the packed weight, scales and sums.
+
+    The sums are of an output's weights: what 128, added to every activation byte to make it unsigned, adds to it 128 times. int8:
+    float32[N] scales, and int32[N] sums of bytes. int4: the scales lie with the weights, and the sums are float32[N].
+    """
+    if quantization == "none":
+        return pack(weight), None, None
+    if quantization == "int8":
+        rounded, scales = quantize_weight(weight)
+        return pack(rounded), scales, rounded.sum(dim=1, dtype=torch.int32)
+    rounded, scales = quantize_weight_by_group(weight)
+    return pack_groups(rounded, scales), None, weight_of_groups(rounded, scales).double().sum(dim=1).float()
 
 
 class FusedLinear(nn.Module):
@@ -165,13 +198,15 @@ def pack_model(model: nn.Module, packing: Packing) -> None:
     transformers' `Conv1D` are left as they are: their forward may do more than the plain product.
     """
     _fuse(model, packing)
+    head = head_of(model)
     packed: dict[torch.Tensor, PackedLinear] = {}
     for parent, name, child in _children(model):
         weight = linear_weight(child)
         if weight is None:
             continue
         source = cast(torch.Tensor, child.weight)
-        linear = PackedLinear(weight, cast(torch.Tensor | None, child.bias), packing.quantization, packed.get(source))
+        scheme = scheme_of(packing.quantization, is_head=child is head)
+        linear = PackedLinear(weight, cast(torch.Tensor | None, child.bias), scheme, packed.get(source))
         packed.setdefault(source, linear)
         setattr(parent, name, linear)
     for parent, name, child in _children(model):
@@ -199,6 +234,17 @@ def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
         if not isinstance(parent, PackedLinear | FusedLinear | FusedPart):
             for name, child in list(parent.named_children()):
                 yield parent, name, child
+
+
+def head_of(model: nn.Module) -> nn.Module | None:
+    """The layer that makes the logits."""
+    of = getattr(model, "get_output_embeddings", None)
+    return cast(nn.Module | None, of()) if of else None
+
+
+def scheme_of(quantization: str, *, is_head: bool) -> str:
+    """How a layer is quantised where the model is so: the LM head, and an embedding tied to it, keep eight bits."""
+    return "int8" if quantization == "int4" and is_head else quantization
 
 
 def linear_weight(module: nn.Module) -> torch.Tensor | None:

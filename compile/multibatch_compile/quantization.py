@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -20,31 +20,37 @@ from multibatch.manifest import Agreement, Quantization
 from multibatch.sampling_params import SamplingParams
 
 from .model import LoadedModel, named_tensors, pool_of
-from .packing import linear_weight
+from .packing import head_of, linear_weight, scheme_of
 from .verify import chunk_of
+
+Scheme = Literal["int8", "int4"]
 
 _PROMPTS = 6
 _LENGTH = 48
 
 
-class Int8Linear(nn.Module):
-    """A linear layer as the int8 operator computes it."""
+class RoundedLinear(nn.Module):
+    """A linear layer as the operators compute it from a weight of eight or four bits."""
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, same: Int8Linear | None = None) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, scheme: str, same: RoundedLinear | None = None
+    ) -> None:
         """Rounds `weight`, [N, K], unless `same` has that weight already."""
         super().__init__()
         self.weight: torch.Tensor
         self.scales: torch.Tensor
-        self.weight, self.scales = (same.weight, same.scales) if same else reference.quantize_weight(weight)
+        rounded = reference.quantize_weight if scheme == "int8" else reference.quantize_weight_by_group
+        self.weight, self.scales = (same.weight, same.scales) if same else rounded(weight)
         self.bias = bias
+        self._product = reference.int8_linear if scheme == "int8" else reference.int4_linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., K] -> [..., N]."""
-        return reference.int8_linear(x, self.weight, self.scales, self.bias)
+        return self._product(x, self.weight, self.scales, self.bias)
 
 
-def quantized_reference(loaded: LoadedModel) -> FlatDecoder:
-    """The model with every linear layer, and an embedding tied to one, rounded as `--quantization int8` does."""
+def quantized_reference(loaded: LoadedModel, scheme: str) -> FlatDecoder:
+    """The model with every linear layer, and an embedding tied to the head, rounded as `--quantization scheme` does."""
     from transformers import AutoModelForCausalLM
 
     original: Any = loaded.decoder.model
@@ -52,12 +58,14 @@ def quantized_reference(loaded: LoadedModel) -> FlatDecoder:
         model = AutoModelForCausalLM.from_config(original.config, dtype=original.dtype)
     model = model.eval().requires_grad_(False)
     assign_weights(model, dict(named_tensors(original)))
-    rounded: dict[torch.Tensor, Int8Linear] = {}
+    head = head_of(model)
+    rounded: dict[torch.Tensor, RoundedLinear] = {}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             weight = linear_weight(child)
             if weight is not None:
-                setattr(parent, name, Int8Linear(weight, child.bias, rounded.get(child.weight)))
+                own = scheme_of(scheme, is_head=child is head)
+                setattr(parent, name, RoundedLinear(weight, child.bias, own, rounded.get(child.weight)))
                 rounded.setdefault(child.weight, getattr(parent, name))
     for module in model.modules():
         if type(module) is nn.Embedding and module.weight in rounded:
@@ -67,7 +75,7 @@ def quantized_reference(loaded: LoadedModel) -> FlatDecoder:
     return FlatDecoder(model, REFERENCE_ATTENTION)
 
 
-def compare(loaded: LoadedModel, quantized: FlatDecoder, engine: Engine) -> Quantization:
+def compare(loaded: LoadedModel, quantized: FlatDecoder, engine: Engine, scheme: Scheme) -> Quantization:
     """Original against quantised, on random token ids and on text that `engine`, which serves the latter, samples."""
     rng = random.Random(0)
     length = min(_LENGTH, engine.max_seq_len)
@@ -76,7 +84,7 @@ def compare(loaded: LoadedModel, quantized: FlatDecoder, engine: Engine) -> Quan
     starts = [prompt[: max(1, length // 12)] for prompt in noise]
     own = [start + sampled for start, sampled in zip(starts, _sample(engine, starts, length), strict=True)]
     return Quantization(
-        scheme="int8",
+        scheme=scheme,
         random_tokens=agreement(loaded, quantized, noise),
         own_text=agreement(loaded, quantized, own),
     )

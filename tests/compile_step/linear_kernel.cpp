@@ -11,13 +11,14 @@ using namespace multibatch;
 template <typename W, typename T>
 struct Case {
   using Lane = typename Format<W>::Lane;
-  static constexpr bool kIsInt8 = std::is_same_v<W, int8_t>;
+  using Sum = typename LinearCall<W, T>::Sum;
+  static constexpr bool kIsInt8 = std::is_same_v<W, int8_t>, kIsInt4 = std::is_same_v<W, Nibbles>;
   static constexpr int unit = Format<W>::unit;
   int64_t M, K, N, units = units_of<W>(K);
-  std::vector<W> packed = std::vector<W>((N + kPanel - 1) / kPanel * units * unit * kPanel, W(0));
+  std::vector<W> packed = std::vector<W>((N + kPanel - 1) / kPanel * units * kUnitBytes<W> / sizeof(W), W{});
   std::vector<double> weight = std::vector<double>(N * K);
   std::vector<float> scales = std::vector<float>(N), x_scales = std::vector<float>(M);
-  std::vector<int32_t> sums = std::vector<int32_t>(N);
+  std::vector<Sum> sums = std::vector<Sum>(N);
   std::vector<T> x = std::vector<T>(M * K), bias = std::vector<T>(N), residual = std::vector<T>(M * N), y = std::vector<T>(M * N);
 
   void draw() {
@@ -27,13 +28,26 @@ struct Case {
       for (T& v : *numbers) v = static_cast<T>(normal(generator));
     for (int64_t n = 0; n < N; ++n) {
       scales[n] = kIsInt8 ? 0.01f + 0.001f * static_cast<float>(n) : 1.0f;
-      for (int64_t k = 0; k < K; ++k) {
-        const float v = normal(generator);
-        const W w = static_cast<W>(kIsInt8 ? std::nearbyint(std::fmax(-127.0f, std::fmin(127.0f, 40 * v))) : v);
-        if constexpr (kIsInt8) sums[n] += w;
-        weight[n * K + k] = scales[n] * static_cast<float>(w);
-        packed[n / kPanel * kPanel * units * unit + k / unit * unit * kPanel + n % kPanel * unit + k % unit] = w;
-      }
+      for (int64_t k = 0; k < K; ++k) weight[n * K + k] = put(n, k, normal(generator));
+    }
+  }
+
+  // Rounds a weight, puts it where it belongs, and gives what it is then.
+  double put(int64_t n, int64_t k, float v) {
+    if constexpr (kIsInt4) {
+      const int64_t group = n / kPanel * units * 2 + k / Nibbles::group, i = k % Nibbles::group;
+      const auto scale = static_cast<c10::BFloat16>(0.01f + 0.001f * static_cast<float>((n + group) % 50));
+      const int value = static_cast<int>(std::nearbyint(std::fmax(-8.0f, std::fmin(7.0f, 3 * v))));
+      uint8_t* const at = &packed[0].both + group * Nibbles::group_bytes;
+      at[(i / 8 * kPanel + n % kPanel) * 4 + i % 4] |= static_cast<uint8_t>((value & 15) << (i % 8 / 4 * 4));
+      std::memcpy(at + Nibbles::group / 2 * kPanel + n % kPanel * sizeof(scale), &scale, sizeof(scale));
+      sums[n] += static_cast<float>(scale) * static_cast<float>(value);
+      return static_cast<double>(static_cast<float>(scale)) * value;
+    } else {
+      const W w = static_cast<W>(kIsInt8 ? std::nearbyint(std::fmax(-127.0f, std::fmin(127.0f, 40 * v))) : v);
+      if constexpr (kIsInt8) sums[n] += w;
+      packed[n / kPanel * kPanel * units * unit + k / unit * unit * kPanel + n % kPanel * unit + k % unit] = w;
+      return scales[n] * static_cast<float>(w);
     }
   }
 
@@ -42,7 +56,7 @@ struct Case {
     std::vector<Lane> laid_out((lanes + kChunk - 1) / kChunk * distance);
     for (int64_t r = 0; r < M; ++r) {
       Lane* const to = laid_out.data() + r * kChunkStride;
-      if constexpr (kIsInt8) {
+      if constexpr (kQuantized<W>) {
         x_scales[r] = row_scale(x.data() + r * K, K);
         quantize_row(x.data() + r * K, K, lanes, x_scales[r], to, distance);
       } else {
@@ -61,7 +75,7 @@ struct Case {
     double s = static_cast<float>(bias[n]);
     for (int64_t k = 0; k < K; ++k) {
       const float v = static_cast<float>(x[r * K + k]);
-      s += (kIsInt8 ? std::nearbyint(v / x_scales[r]) * x_scales[r] : v) * weight[n * K + k];
+      s += (kQuantized<W> ? std::nearbyint(v / x_scales[r]) * x_scales[r] : v) * weight[n * K + k];
     }
     return static_cast<float>(static_cast<T>(static_cast<float>(s))) + static_cast<float>(residual[r * N + n]);
   }
@@ -76,7 +90,7 @@ struct Case {
         worst = error <= worst ? worst : error;  // a NaN is the worst
       }
     const bool is_right = worst <= (sizeof(T) == 4 ? 1e-4 : std::is_same_v<T, c10::Half> ? 1e-3 : 8e-3);
-    if (!is_right) std::printf("%s%ld x %ld x %ld: off by %.2g\n", kIsInt8 ? "int8 " : "", (long)M, (long)K, (long)N, worst);
+    if (!is_right) std::printf("%s%ld x %ld x %ld: off by %.2g\n", kIsInt8 ? "int8 " : kIsInt4 ? "int4 " : "", (long)M, (long)K, (long)N, worst);
     return is_right ? 0 : 1;
   }
 };
@@ -89,6 +103,7 @@ int main() {
     wrong += Case<float, float>{M, K, N}.is_wrong() + Case<c10::Half, c10::Half>{M, K, N}.is_wrong();
     wrong += Case<c10::BFloat16, c10::BFloat16>{M, K, N}.is_wrong();
     wrong += Case<int8_t, float>{M, K, N}.is_wrong() + Case<int8_t, c10::BFloat16>{M, K, N}.is_wrong();
+    wrong += Case<Nibbles, float>{M, K, N}.is_wrong() + Case<Nibbles, c10::BFloat16>{M, K, N}.is_wrong();
   }
   return wrong;
 }

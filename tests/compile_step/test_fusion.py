@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from multibatch_compile.fusion import (
     norm_options,
 )
 from multibatch_compile.model import find_fused
-from multibatch_compile.packing import PackedLinear, Packing, pack, packed_shape
+from multibatch_compile.packing import PackedLinear, Packing, pack, pack_groups, packed_shape
 
 
 class Scaled(nn.Module):
@@ -281,8 +282,8 @@ def test_layers_that_share_an_input_are_found(name: str, per_layer: list[tuple[s
 
 
 def test_packing_survives_the_header_of_the_weights() -> None:
-    packing = Packing("int8", (("a.q", "a.k"), ("b.gate", "b.up")))
-    assert Packing.from_metadata(packing.to_metadata()) == packing
+    for packing in (Packing("int8", (("a.q", "a.k"), ("b.gate", "b.up"))), Packing("int4")):
+        assert Packing.from_metadata(packing.to_metadata()) == packing
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
@@ -298,3 +299,19 @@ def test_packed_layout(dtype: torch.dtype) -> None:
         place = i // 32 * 32 * depth + j // unit * unit * 32 + i % 32 * unit + j % unit
         assert flat[place] == weight[i, j]
     assert int((flat != 0).sum()) == int((weight != 0).sum())
+
+
+def test_packed_layout_of_four_bits() -> None:
+    n, k = 70, 90
+    rounded, scales = torch.randint(-8, 8, (n, k), dtype=torch.int8), torch.rand(n, 3).bfloat16()
+    packed = pack_groups(rounded, scales)
+    assert tuple(packed.shape) == (3, 2, 2, 576)
+    whole, factors = torch.zeros(96, 128, dtype=torch.int8), torch.zeros(96, 4, dtype=torch.bfloat16)
+    whole[:n, :k], factors[:n, :3] = rounded, scales  # zeros beyond
+    groups = packed.tolist()
+    for i, j in itertools.product(range(96), range(128)):
+        byte = groups[i // 32][j // 64][j % 64 // 32][(j % 32 // 8 * 32 + i % 32) * 4 + j % 4]
+        half = byte >> 4 if j % 8 >= 4 else byte & 15
+        assert (half ^ 8) - 8 == whole[i, j]
+        assert packed[i // 32, j // 64, j % 64 // 32, 512:].view(torch.bfloat16)[i % 32] == factors[i, j // 32]
+    assert pack_groups(rounded.to("meta"), scales.to("meta")).shape == packed.shape

@@ -20,7 +20,7 @@ from multibatch.sampler import Sampler
 from multibatch.sampling_params import SamplingParams
 from multibatch.sampling_row import SamplingRow
 from multibatch_compile.operators import operator_library, targets
-from multibatch_compile.packing import pack
+from multibatch_compile.packing import pack, quantize_and_pack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 1e-3}
@@ -53,12 +53,10 @@ def _operators() -> None:
 Packed = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
-def packed(weight: torch.Tensor, bias: torch.Tensor | None, *, quantized: bool) -> Packed:
-    """What the operators take of a layer: its weight packed, its bias, the scales and sums of 8-bit weights."""
-    if not quantized:
-        return pack(weight), bias, None, None
-    rounded, scales = reference.quantize_weight(weight)
-    return pack(rounded), bias, scales, rounded.sum(1, dtype=torch.int32)
+def packed(weight: torch.Tensor, bias: torch.Tensor | None, quantization: str) -> Packed:
+    """What the operators take of a layer: its weight packed, its bias, the scales and sums of quantised weights."""
+    quantized, scales, sums = quantize_and_pack(weight, quantization)
+    return quantized, bias, scales, sums
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -82,7 +80,7 @@ def test_int8_linear_is_what_the_reference_says_and_close_to_the_original(
     torch.manual_seed(m * k + n)
     x, w, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
     rounded, scales = reference.quantize_weight(w)
-    rest = (*packed(w, b, quantized=True), n)
+    rest = (*packed(w, b, "int8"), n)
     y = torch.ops.multibatch.packed_linear(x, *rest)
     expected = reference.int8_linear(x, rounded, scales, b)
     # One step of the dtype: the sums are the same integers.
@@ -94,21 +92,47 @@ def test_int8_linear_is_what_the_reference_says_and_close_to_the_original(
     assert torch.equal(y, alone)
 
 
-def test_int8_linear_shows_a_row_that_is_not_finite_and_spares_the_others() -> None:
-    weight = torch.ones(32, 64, dtype=torch.int8)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("m", "k", "n"), SHAPES)
+def test_int4_linear_is_what_the_reference_says(dtype: torch.dtype, m: int, k: int, n: int) -> None:
+    torch.manual_seed(m * k + n)
+    x, w, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
+    rest = (*packed(w, b, "int4"), n)
+    y = torch.ops.multibatch.packed_linear(x, *rest)
+    expected = reference.int4_linear(x, *reference.quantize_weight_by_group(w), b)
+    # One step of the dtype; sums of groups are floats, and round as numbers of the size of all outputs do.
+    step = {torch.float32: 4e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
+    size = float(expected.float().square().mean().sqrt())
+    assert bool(((y.float() - expected.float()).abs() <= step * expected.float().abs().clamp(min=size)).all())
+    alone = torch.cat([torch.ops.multibatch.packed_linear(x[i : i + 1], *rest) for i in range(m)])
+    assert torch.equal(y, alone)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "int4"])
+def test_a_row_that_is_not_finite_is_shown_and_the_others_are_spared(quantization: str) -> None:
     x = torch.ones(3, 64)
     x[1, 5], x[2] = float("inf"), 0.0
-    rest = (None, torch.ones(32), torch.full((32,), 64, dtype=torch.int32), 32)
-    y = torch.ops.multibatch.packed_linear(x, pack(weight), *rest)
+    y = torch.ops.multibatch.packed_linear(x, *packed(torch.ones(32, 64), None, quantization), 32)
     assert torch.allclose(y[0], torch.full((32,), 64.0))
     assert bool(y[1].isnan().all())
     assert float(y[2].abs().max()) == 0.0
 
 
-def test_an_int8_weight_without_scales_is_refused() -> None:
-    weight = pack(torch.ones(32, 64, dtype=torch.int8))
+def test_a_quantised_weight_without_its_scales_or_sums_is_refused() -> None:
+    x, linear = torch.ones(1, 64), torch.ops.multibatch.packed_linear
+    eight, _, scales, sums = packed(torch.ones(32, 64), None, "int8")
+    four = packed(torch.ones(32, 64), None, "int4")[0]
     with pytest.raises(RuntimeError, match="needs 32 float32 scales"):
-        torch.ops.multibatch.packed_linear(torch.ones(1, 64), weight, None, None, None, 32)
+        linear(x, eight, None, None, sums, 32)
+    with pytest.raises(RuntimeError, match="a weight of Char needs 32 sums of Int"):
+        linear(x, eight, None, scales, None, 32)
+    for wrong in (None, sums):
+        with pytest.raises(RuntimeError, match="a weight of Byte needs 32 sums of Float"):
+            linear(x, four, None, None, wrong, 32)
+    with pytest.raises(RuntimeError, match="weight of 1152 bytes does not hold 32 x 65"):
+        linear(torch.ones(1, 65), four, None, None, torch.ones(32), 32)
+    with pytest.raises(RuntimeError, match="a weight of Byte gives no rows of another dtype"):
+        torch.ops.multibatch.packed_embedding(torch.tensor([0]), four, None, 32, 64, torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -139,11 +163,11 @@ def test_rms_norm(dtype: torch.dtype, m: int, k: int, offset: float, round_first
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "k"), [(1, 64), (3, 33), (14, 1030), (40, 900)])
-@pytest.mark.parametrize("quantized", [False, True])
-def test_normed_linear_is_the_norm_and_then_the_linear(dtype: torch.dtype, m: int, k: int, quantized: bool) -> None:
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+def test_normed_linear_is_the_norm_and_then_the_linear(dtype: torch.dtype, m: int, k: int, quantization: str) -> None:
     torch.manual_seed(k)
     x, norm, w = (torch.randn(m, k) * 3).to(dtype), torch.randn(k).to(dtype), torch.randn(70, k).to(dtype)
-    rest = (*packed(w, None, quantized=quantized), 70)
+    rest = (*packed(w, None, quantization), 70)
     y = torch.ops.multibatch.normed_linear(x, norm, 1e-6, 1.0, True, *rest)
     expected = torch.ops.multibatch.packed_linear(torch.ops.multibatch.rms_norm(x, norm, 1e-6, 1.0, True), *rest)
     assert torch.equal(y, expected)
@@ -151,28 +175,28 @@ def test_normed_linear_is_the_norm_and_then_the_linear(dtype: torch.dtype, m: in
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("m", "k", "n"), [(1, 64, 96), (3, 33, 70), (14, 1030, 40), (40, 900, 33)])
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 def test_residual_linear_rounds_the_linear_and_then_the_sum(
-    dtype: torch.dtype, m: int, k: int, n: int, quantized: bool
+    dtype: torch.dtype, m: int, k: int, n: int, quantization: str
 ) -> None:
     torch.manual_seed(k)
     x, w, b = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
     residual, gate_up = (torch.randn(m, n) * 9).to(dtype), torch.randn(m, 2 * k).to(dtype)
-    rest, operators = (*packed(w, b, quantized=quantized), n), torch.ops.multibatch
+    rest, operators = (*packed(w, b, quantization), n), torch.ops.multibatch
     assert torch.equal(operators.residual_linear(residual, x, *rest), residual + operators.packed_linear(x, *rest))
     gated = operators.gated_residual_linear(residual, gate_up, *rest, "silu")
     assert torch.equal(gated, residual + operators.gated_linear(gate_up, *rest, "silu"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
 # Rows of one group and of many; an intermediate size beyond one range, and one that is no whole number of panels.
 @pytest.mark.parametrize(
     ("m", "k", "between"), [(1, 64, 96), (16, 64, 96), (25, 90, 64), (130, 900, 1056), (30, 64, 70)]
 )
 @pytest.mark.parametrize(("activation", "with_rest"), [("silu", True), ("silu", False), ("gelu_tanh", True)])
 def test_gated_mlp_is_what_its_parts_are(
-    dtype: torch.dtype, quantized: bool, m: int, k: int, between: int, activation: str, with_rest: bool
+    dtype: torch.dtype, quantization: str, m: int, k: int, between: int, activation: str, with_rest: bool
 ) -> None:
     torch.manual_seed(m + between)
     operators, n = torch.ops.multibatch, 40
@@ -182,7 +206,7 @@ def test_gated_mlp_is_what_its_parts_are(
     for out_features, in_features in ((2 * between, k), (n, between)):
         w = (torch.randn(out_features, in_features) / in_features**0.5).to(dtype)
         bias = torch.randn(out_features).to(dtype) if with_rest else None
-        weights.append(packed(w, bias, quantized=quantized))
+        weights.append(packed(w, bias, quantization))
     first, second = weights
     normed = x if norm is None else operators.rms_norm(x, norm, 1e-6, 1.0, True)
     gate_up = operators.packed_linear(normed, *first, 2 * between)
@@ -433,7 +457,7 @@ def test_an_index_outside_the_pool_is_refused_before_anything_is_written() -> No
     assert float(keys.abs().max()) == 0.0
 
 
-@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16, torch.float16, torch.int8])
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16, torch.float16, torch.int8, torch.uint8])
 def test_the_peak_rate_is_measured_for_as_long_as_asked(weight: torch.dtype) -> None:
     start = time.perf_counter()
     rate = ops.peak_rate(weight, 0.05)

@@ -16,7 +16,7 @@ typename Format<W>::Lane* lanes_for(const LinearCall<W, T>& call) {
   return static_cast<Lane*>(scratch<Which>(chunks * call.M * kChunkStride * sizeof(Lane)));
 }
 
-// Lays x [M, K] out for the micro-kernel, quantised where the weight is int8, and puts it into the call. `row_of(i)` gives
+// Lays x [M, K] out for the micro-kernel, quantised where the weight is, and puts it into the call. `row_of(i)` gives
 // row i, in memory that the thread may use again for its next row.
 template <typename W, typename T, typename RowOf>
 void prepare(LinearCall<W, T>& call, int64_t K, const RowOf& row_of) {
@@ -26,7 +26,7 @@ void prepare(LinearCall<W, T>& call, int64_t K, const RowOf& row_of) {
   float* scales = static_cast<float*>(scratch<1>(call.M * sizeof(float)));
   run_tiles(call.M * K >= 4096, call.M, [&](int64_t row) {
     const T* x = row_of(row);
-    if constexpr (std::is_same_v<W, int8_t>) {
+    if constexpr (kQuantized<W>) {
       scales[row] = row_scale(x, K);
       // A row of zeros, or one that is not finite: any scale will do.
       quantize_row(x, K, lanes, scales[row] > 0.0f ? scales[row] : 1.0f, out + row * kChunkStride, distance);
@@ -81,20 +81,22 @@ struct Weight {
   int64_t out_features;
 
   bool is_int8() const { return packed.scalar_type() == at::kChar; }
+  bool is_int4() const { return packed.scalar_type() == at::kByte; }
 
-  void check(at::ScalarType x, int64_t K, int64_t depth) const {
+  void check(at::ScalarType x, int64_t K, int64_t panel_bytes) const {
     const int64_t N = out_features;
-    TORCH_CHECK(is_int8() || x == packed.scalar_type(), "packed_linear: x is ", x, ", the weight ", packed.scalar_type(),
-                "; they must be the same, or the weight int8");
+    TORCH_CHECK(is_int8() || is_int4() || x == packed.scalar_type(), "packed_linear: x is ", x, ", the weight ",
+                packed.scalar_type(), "; they must be the same, or the weight int8 or, for int4, uint8");
     TORCH_CHECK(packed.is_contiguous(), "packed_linear: the weight must be contiguous");
-    TORCH_CHECK(packed.numel() == (N + kPanel - 1) / kPanel * kPanel * depth, "packed_linear: weight of ",
-                packed.numel(), " elements does not hold ", N, " x ", K);
+    TORCH_CHECK(static_cast<int64_t>(packed.nbytes()) == (N + kPanel - 1) / kPanel * panel_bytes, "packed_linear: weight of ",
+                packed.nbytes(), " bytes does not hold ", N, " x ", K);
     TORCH_CHECK(!bias || (bias->scalar_type() == x && bias->numel() == N && bias->is_contiguous()),
                 "packed_linear: the bias must be ", N, " contiguous elements of ", x);
-    if (!is_int8()) return;
-    TORCH_CHECK(scales && scales->scalar_type() == at::kFloat && scales->numel() == N && scales->is_contiguous() && sums &&
-                    sums->scalar_type() == at::kInt && sums->numel() == N && sums->is_contiguous(),
-                "packed_linear: an int8 weight needs ", N, " float32 scales and ", N, " int32 sums");
+    const at::ScalarType sum = is_int8() ? at::kInt : at::kFloat;
+    TORCH_CHECK((!is_int8() && !is_int4()) || (sums && sums->scalar_type() == sum && sums->numel() == N && sums->is_contiguous()),
+                "packed_linear: a weight of ", packed.scalar_type(), " needs ", N, " sums of ", sum);
+    TORCH_CHECK(!is_int8() || (scales && scales->scalar_type() == at::kFloat && scales->numel() == N && scales->is_contiguous()),
+                "packed_linear: an int8 weight needs ", N, " float32 scales");
   }
 };
 
@@ -136,10 +138,10 @@ auto rows_of(const Normed& n, const T* x, int64_t K) {
 // A call of this weight on M rows of K numbers, x not laid out yet.
 template <typename W, typename T>
 LinearCall<W, T> call_of(const Weight& w, int64_t M, int64_t K) {
-  w.check(c10::CppTypeToScalarType<T>::value, K, units_of<W>(K) * Format<W>::unit);
+  w.check(c10::CppTypeToScalarType<T>::value, K, units_of<W>(K) * kUnitBytes<W>);
   LinearCall<W, T> call{};
   call.packed = reinterpret_cast<const W*>(w.packed.const_data_ptr());
-  call.bias = data_of<T>(w.bias), call.scales = data_of<float>(w.scales), call.sums = data_of<int32_t>(w.sums);
+  call.bias = data_of<T>(w.bias), call.scales = data_of<float>(w.scales), call.sums = data_of<typename LinearCall<W, T>::Sum>(w.sums);
   call.M = M, call.N = w.out_features, call.units = units_of<W>(K);
   return call;
 }
@@ -150,6 +152,8 @@ void with_types(const at::Tensor& x, const Weight& w, const Run& run) {
   MULTIBATCH_DISPATCH(x.scalar_type(), "packed_linear", {
     if (w.is_int8()) {
       run.template operator()<int8_t, T>();
+    } else if (w.is_int4()) {
+      run.template operator()<Nibbles, T>();
     } else {
       run.template operator()<T, T>();
     }
@@ -197,7 +201,7 @@ template <typename W, typename T>
 GatedOutputs<W, T> outputs_for(LinearCall<W, T>& down, int64_t K, Activation activation) {
   using E = typename GatedOutputs<W, T>::E;
   constexpr int64_t in_lane = sizeof(typename Format<W>::Lane) / sizeof(E);
-  if constexpr (std::is_same_v<W, int8_t>)
+  if constexpr (kQuantized<W>)
     return {static_cast<T*>(scratch<2>(down.M * K * sizeof(T))), K, K, 0, activation};
   auto* const lanes = lanes_for<2>(down);
   down.x = lanes;
@@ -211,7 +215,7 @@ template <typename Source>
 at::Tensor gated_mlp_of(const at::Tensor& x, const Weight& gate_up, const Source& source, const Weight& down,
                         const Gated& gate, const std::optional<at::Tensor>& residual) {
   const int64_t K = x.size(-1), between = gate_up.out_features / 2, M = K ? x.numel() / K : 0;
-  if (!Groups(M).are_many() || between % kPanel || gate_up.is_int8() != down.is_int8())
+  if (!Groups(M).are_many() || between % kPanel || gate_up.packed.scalar_type() != down.packed.scalar_type())
     return linear(linear(x, gate_up, source), down, gate, residual);
   const at::Tensor xc = x.contiguous();
   const Result result(x, down.out_features, residual);
@@ -221,7 +225,7 @@ at::Tensor gated_mlp_of(const at::Tensor& x, const Weight& gate_up, const Source
     result.put_into(second);
     prepare(first, K, rows_of(source, reinterpret_cast<const T*>(xc.const_data_ptr()), K));
     multiply(first);
-    if constexpr (std::is_same_v<W, int8_t>) prepare(second, between, rows_of(Plain{}, first.gated.rows, between));
+    if constexpr (kQuantized<W>) prepare(second, between, rows_of(Plain{}, first.gated.rows, between));
     multiply(second);
   });
   return result.y;

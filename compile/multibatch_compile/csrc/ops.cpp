@@ -151,6 +151,7 @@ double peak_rate(at::ScalarType weight, double seconds) {
   ThreadPool& pool = ThreadPool::instance();
   auto run = [&](int64_t tiles, const std::function<void(int64_t)>& fn) { pool.run(tiles, fn, true); };
   if (weight == at::kChar) return peak_rate_of<int8_t>(pool.num_threads(), seconds, run);
+  if (weight == at::kByte) return peak_rate_of<Nibbles>(pool.num_threads(), seconds, run);
   double rate = 0;
   MULTIBATCH_DISPATCH(weight, "peak_rate", { rate = peak_rate_of<T>(pool.num_threads(), seconds, run); });
   return rate;

@@ -1,7 +1,8 @@
 // y = x W^T + b with W packed once into panels of 32 outputs, for few rows (decode) and many (prefill).
 //
 // Layout of W (multibatch_compile/packing.py writes it), N and K rounded up with zeros: float32 and float16
-// [N/32, K, 32], bfloat16 [N/32, K/2, 32, 2], int8 [N/32, K/4, 32, 4]. A panel is one contiguous stream.
+// [N/32, K, 32], bfloat16 [N/32, K/2, 32, 2], int8 [N/32, K/4, 32, 4], int4 [N/32, K/64, 2, 576], where 576 bytes are
+// 32 inputs with their scales (Nibbles in panel_product.h). A panel is one contiguous stream.
 // x is laid out anew for each call, [chunks of kChunk lanes, rows, kChunkStride], so that the micro-kernel finds every row
 // at a fixed distance from the first, and a thread writes whole cache lines of its own.
 // Each output adds its K products in one order whatever the number of rows, so a row's result has the same bits in
@@ -16,155 +17,9 @@
 
 #include "caches.h"
 #include "elementwise.h"
-#include "numeric.h"
-#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
-#include <immintrin.h>
-#endif
+#include "panel_product.h"
 
 namespace multibatch {
-
-constexpr int kPanel = 32;
-#if defined(__AVX512F__)
-constexpr int kMaxRows = 12;  // 24 accumulators of 32 registers
-constexpr int kPrefetchBytes = 6144;
-#else
-constexpr int kMaxRows = 4;
-constexpr int kPrefetchBytes = 1024;
-#endif
-
-// How a weight type is multiplied. A unit is the inputs that lie side by side in the packed weight; a lane is four
-// bytes of one row of x: a float, or as many inputs as one dot-product instruction takes.
-template <typename W>
-struct Format {
-  using Lane = float;
-  using Acc = f32x16;
-  static constexpr int unit = 1;
-  static constexpr int lanes = 1;  // per unit
-  static constexpr int range = 64;  // units of a panel that two groups of rows take in turn; by measurement
-};
-template <>
-struct Format<c10::BFloat16> {
-  using Lane = std::conditional_t<kDotBf16, uint32_t, float>;
-  using Acc = f32x16;
-  static constexpr int unit = 2;
-  static constexpr int lanes = kDotBf16 ? 1 : 2;
-  static constexpr int range = 64;
-};
-template <>
-struct Format<int8_t> {
-  using Lane = uint32_t;  // four inputs, each 128 + a signed byte
-  using Acc = i32x16;
-  static constexpr int unit = 4;
-  static constexpr int lanes = 1;
-  static constexpr int range = 32;
-};
-
-template <typename W>
-int64_t units_of(int64_t k) {
-  return (k + Format<W>::unit - 1) / Format<W>::unit;
-}
-
-// Bytes of a unit of all outputs of a panel.
-template <typename W>
-constexpr int64_t kUnitBytes = Format<W>::unit * kPanel * sizeof(W);
-
-// Whether weights are read once, so that they need not drive what a step reads again out of the second cache, or by several groups
-// of rows in turn. As the hint of __builtin_prefetch.
-constexpr int kReadOnce = 0, kReadAgain = 3;
-
-// What a pass over a range of weights fetches ahead with each unit: a line of each of two streams.
-template <int Reads>
-struct Ahead {
-  const char *first, *second;
-  int64_t first_step, second_step;  // bytes
-  void fetch() {
-    __builtin_prefetch(first, 0, Reads);
-    __builtin_prefetch(second, 0, Reads);
-    first += first_step;
-    second += second_step;
-  }
-};
-
-constexpr int64_t kChunk = 256;
-constexpr int64_t kChunkStride = kChunk + 16;  // rows do not fall on the same cache sets
-
-template <int R>
-inline void fma_rows(f32x16 (&acc)[R][2], const float* x, f32x16 w0, f32x16 w1) {
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) {
-    f32x16 s = splat(x[r * kChunkStride]);
-    acc[r][0] += s * w0;
-    acc[r][1] += s * w1;
-  }
-}
-
-// panel_product: acc[R][32] += x[R, units] . w[units, 32], within one chunk.
-
-template <int R, int Reads>
-inline void panel_product(const float* w, const float* x, int64_t units, Ahead<Reads>& ahead, f32x16 (&acc)[R][2]) {
-  for (int64_t i = 0; i < units; ++i, w += kPanel, ++x) {
-    ahead.fetch();
-    fma_rows<R>(acc, x, load_vector<f32x16>(w), load_vector<f32x16>(w + 16));
-  }
-}
-
-template <int R, int Reads>
-inline void panel_product(const c10::Half* w, const float* x, int64_t units, Ahead<Reads>& ahead, f32x16 (&acc)[R][2]) {
-  for (int64_t i = 0; i < units; ++i, w += kPanel, ++x) {
-    ahead.fetch();
-    fma_rows<R>(acc, x, floats_of(w), floats_of(w + 16));
-  }
-}
-
-template <int R, int Reads>
-inline void panel_product(const c10::BFloat16* w, const float* x, int64_t units, Ahead<Reads>& ahead, f32x16 (&acc)[R][2]) {
-  for (int64_t i = 0; i < units; ++i, w += 2 * kPanel, x += 2) {
-    ahead.fetch();
-    u32x16 p0 = load_vector<u32x16>(w), p1 = load_vector<u32x16>(w + kPanel);
-    u32x16 even0 = p0 << 16, even1 = p1 << 16, odd0 = p0 & 0xffff0000u, odd1 = p1 & 0xffff0000u;
-    fma_rows<R>(acc, x, load_vector<f32x16>(&even0), load_vector<f32x16>(&even1));
-    fma_rows<R>(acc, x + 1, load_vector<f32x16>(&odd0), load_vector<f32x16>(&odd1));
-  }
-}
-
-#ifdef __AVX512BF16__
-template <int R, int Reads>
-inline void panel_product(const c10::BFloat16* w, const uint32_t* x, int64_t units, Ahead<Reads>& ahead, f32x16 (&acc)[R][2]) {
-  for (int64_t i = 0; i < units; ++i, w += 2 * kPanel, ++x) {
-    ahead.fetch();
-    __m512bh w0 = load_vector<__m512bh>(w), w1 = load_vector<__m512bh>(w + kPanel);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      __m512bh s = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[r * kChunkStride]));
-      acc[r][0] = (f32x16)_mm512_dpbf16_ps((__m512)acc[r][0], s, w0);
-      acc[r][1] = (f32x16)_mm512_dpbf16_ps((__m512)acc[r][1], s, w1);
-    }
-  }
-}
-#endif
-
-// Sum over the four bytes of each lane: unsigned x times signed w, without saturation.
-inline i32x16 dot_bytes(i32x16 acc, uint32_t x, i32x16 w) {
-#ifdef __AVX512VNNI__
-  return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(static_cast<int>(x)), (__m512i)w);
-#else
-  for (int q = 0; q < 4; ++q) acc += ((w << (24 - 8 * q)) >> 24) * static_cast<int32_t>((x >> (8 * q)) & 0xffu);
-  return acc;
-#endif
-}
-
-template <int R, int Reads>
-inline void panel_product(const int8_t* w, const uint32_t* x, int64_t units, Ahead<Reads>& ahead, i32x16 (&acc)[R][2]) {
-  for (int64_t i = 0; i < units; ++i, w += 4 * kPanel, ++x) {
-    ahead.fetch();
-    i32x16 w0 = load_vector<i32x16>(w), w1 = load_vector<i32x16>(w + 2 * kPanel);
-#pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      acc[r][0] = dot_bytes(acc[r][0], x[r * kChunkStride], w0);
-      acc[r][1] = dot_bytes(acc[r][1], x[r * kChunkStride], w1);
-    }
-  }
-}
 
 // Where activation(gate) * up goes, of outputs that are [gate, up], rounded to T: rows of E, in stretches of `stretch` numbers,
 // `stretch_stride` apart. E: T, or float where the next layer reads floats.
@@ -177,16 +32,17 @@ struct GatedOutputs {
   E* at(int64_t row, int64_t i) const { return rows + i / stretch * stretch_stride + row * row_stride + i % stretch; }
 };
 
-// One call of the operator. T: dtype of x, b and y; W: of the packed weight, T or int8.
+// One call of the operator. T: dtype of x, b and y; W: of the packed weight, T, int8_t or Nibbles.
 template <typename W, typename T>
 struct LinearCall {
   using Lane = typename Format<W>::Lane;
+  using Sum = std::conditional_t<std::is_same_v<W, Nibbles>, float, int32_t>;
   const W* packed;
   const T* bias;           // [N] or null
   const float* scales;     // int8: [N], weight = scale * byte
-  const int32_t* sums;     // int8: [N], the sum of an output's bytes
+  const Sum* sums;         // int8: [N], the sum of an output's bytes; int4: of its weights
   const Lane* x;           // [chunks, M, kChunkStride]
-  const float* x_scales;   // int8: [M]
+  const float* x_scales;   // int8 and int4: [M]
   const T* residual;       // [M, N] or null: added to y, which was rounded to T before
   T* y;                    // [M, N]
   int64_t M, N, units;
@@ -240,6 +96,18 @@ struct SumsOf<int8_t, T> {
     const i32x16 exact = sums[2 * r + half] - (shifts[half] << 7);  // x was 128 too large
     return __builtin_convertvector(exact, f32x16) * (scales[half] * x_scales[r]);
   }
+};
+
+template <typename T>
+struct SumsOf<Nibbles, T> {
+  const f32x16* sums;
+  const float* x_scales;
+  f32x16 shifts[2];
+  SumsOf(const LinearCall<Nibbles, T>& c, int64_t panel, int64_t row, const f32x16* sums) : sums(sums), x_scales(c.x_scales + row) {
+    outputs_of(c.sums + panel * kPanel, c.N - panel * kPanel, shifts);
+  }
+  // The weights were 16 times too large, and x 128 too large.
+  f32x16 operator()(int r, int half) const { return (sums[2 * r + half] * 0.0625f - shifts[half] * 128.0f) * x_scales[r]; }
 };
 
 // Where outputs of a panel lie, rows `stride` apart, and what is added to them.
@@ -333,10 +201,8 @@ __attribute__((always_inline)) inline void fetch_ends(const LinearCall<W, T>& c,
   const int64_t first = panel * kPanel;
   for (int64_t i = first; i < first + kPanel; i += 64 / sizeof(float)) {
     if (c.bias) __builtin_prefetch(c.bias + i);
-    if constexpr (std::is_same_v<W, int8_t>) {
-      __builtin_prefetch(c.scales + i);
-      __builtin_prefetch(c.sums + i);
-    }
+    if constexpr (std::is_same_v<W, int8_t>) __builtin_prefetch(c.scales + i);
+    if constexpr (kQuantized<W>) __builtin_prefetch(c.sums + i);
   }
   for (int r = 0; c.residual && r < rows; ++r) __builtin_prefetch(c.residual + (row + r) * c.N + first);
 }
@@ -346,7 +212,7 @@ template <int R, int Reads, typename W, typename T>
 void panel_rows(const LinearCall<W, T>& c, const Range<Reads>& range, int64_t row, typename Format<W>::Acc* carry) {
   using Acc = typename Format<W>::Acc;
   using Lane = typename Format<W>::Lane;
-  constexpr int unit = Format<W>::unit, lanes = Format<W>::lanes;
+  constexpr int lanes = Format<W>::lanes;
   constexpr int64_t chunk_units = kChunk / lanes;
   const int64_t from = range.from, to = range.to;
   Acc acc[R][2];
@@ -354,11 +220,11 @@ void panel_rows(const LinearCall<W, T>& c, const Range<Reads>& range, int64_t ro
 #pragma GCC unroll 24
   for (int i = 0; i < 2 * R; ++i) acc[i / 2][i % 2] = from ? load_vector<Acc>(carry + i) : Acc{};
   if (to == c.units) fetch_ends(c, range.panel, row, R);
-  const W* w = c.packed + (range.panel * c.units + from) * kPanel * unit;
+  const char* w = weights_at(c, range.panel, from);
   Ahead<Reads> ahead = range.ahead;
-  for (int64_t u = from; u < to; u += chunk_units, w += chunk_units * kPanel * unit) {
+  for (int64_t u = from; u < to; u += chunk_units, w += chunk_units * kUnitBytes<W>) {
     const Lane* x = c.x + (u / chunk_units * c.M + row) * kChunkStride + u % chunk_units * lanes;
-    panel_product<R>(w, x, std::min(chunk_units, to - u), ahead, acc);
+    panel_product<R>(reinterpret_cast<const W*>(w), x, std::min(chunk_units, to - u), ahead, acc);
   }
 #pragma GCC unroll 24
   for (int i = 0; i < 2 * R; ++i) store_vector(carry + i, acc[i / 2][i % 2]);
@@ -412,7 +278,7 @@ Acc* carries() {
 template <typename W, typename T>
 void pair_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int64_t p1) {
   using Acc = typename Format<W>::Acc;
-  constexpr int64_t unit = kUnitBytes<W>, length = Format<W>::range, bytes = length * unit;
+  constexpr int64_t unit = kUnitBytes<W>, step = unit / kFetches<W>, length = Format<W>::range, bytes = length * unit;
   static_assert(kChunk / Format<W>::lanes % length == 0);  // a range lies within one chunk
   Acc* const carry = carries<Acc>();
   for (int64_t p = p0; p < p1; ++p)
@@ -420,17 +286,17 @@ void pair_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int6
       for (int64_t g = 0; g < 2; ++g) {
         // Halves, and not every other line: cores fetch pairs of lines, and the second group would find all of it there.
         const char* const next = weights_at(c, p, from) + bytes + g * bytes / 2;
-        const Range<kReadOnce> range{p, from, std::min(from + length, c.units), {next, next, unit / 2, unit / 2}};
+        const Range<kReadOnce> range{p, from, std::min(from + length, c.units), {next, next, step / 2, step / 2}};
         panel_rows_of(tiling.groups.size(g), c, range, tiling.groups.start(g), carry + g * kMaxRows * 2);
       }
 }
 
 template <typename W, typename T>
 void single_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int64_t p1) {
-  constexpr int64_t unit = kUnitBytes<W>;
+  constexpr int64_t step = kUnitBytes<W> / kFetches<W>;
   for (int64_t p = p0; p < p1; ++p) {
     const char* const soon = weights_at(c, p, 0) + kPrefetchBytes;
-    const Range<kReadOnce> range{p, 0, c.units, {soon, soon + 64, unit, unit}};
+    const Range<kReadOnce> range{p, 0, c.units, {soon, soon + 64, step, step}};
     panel_rows_of(tiling.groups.size(0), c, range, 0, carries<typename Format<W>::Acc>());
   }
 }
@@ -439,7 +305,7 @@ void single_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, in
 template <typename W, typename T>
 void block_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int64_t p1, int64_t step, int64_t g0, int64_t g1,
                 int64_t next_panel) {
-  constexpr int64_t unit = kUnitBytes<W>;
+  constexpr int64_t unit = kUnitBytes<W>, fetches = kFetches<W>;
   typename Format<W>::Acc* const carry = carries<typename Format<W>::Acc>();
   const int64_t length = Tiling::block_units<W>();
   for (int64_t from = 0; from == 0 || from < c.units; from += length)
@@ -452,7 +318,8 @@ void block_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int
       const char *soon = weights_at(c, p, from) + kPrefetchBytes, *next = weights_at(c, panel, then);
       for (int64_t g = g0; g < g1; ++g, next += share) {
         // Of its own weights every other line, since they lie in the core's cache but for the first group.
-        const Range<kReadAgain> range{p, from, to, {soon, next, unit, share / std::max<int64_t>(to - from, 1) + 1}};
+        const int64_t next_step = share / std::max<int64_t>((to - from) * fetches, 1) + 1;
+        const Range<kReadAgain> range{p, from, to, {soon, next, unit / fetches, next_step}};
         typename Format<W>::Acc* held = carry + (p - p0) / step * kPanelSums + (g - g0) * kMaxRows * 2;
         panel_rows_of(tiling.groups.size(g), c, range, tiling.groups.start(g), held);
       }

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <chrono>
 
-#include "packed_linear.h"
+#include "panel_product.h"
 
 namespace multibatch {
 
@@ -15,14 +15,14 @@ int64_t products_until(std::chrono::steady_clock::time_point end) {
   using Lane = typename Format<W>::Lane;
   constexpr int unit = Format<W>::unit, lanes = Format<W>::lanes;
   constexpr int64_t units = kChunk / 4 / lanes;  // weights and x fill half of a cache of 32 KiB
-  alignas(64) W w[units * unit * kPanel] = {};
+  alignas(64) char w[units * kUnitBytes<W>] = {};
   alignas(64) Lane x[kMaxRows * kChunkStride] = {};
   typename Format<W>::Acc acc[kMaxRows][2] = {};
   int64_t products = 0;
   do {
     for (int i = 0; i < 64; ++i) {
-      Ahead<kReadAgain> ahead{reinterpret_cast<const char*>(w), reinterpret_cast<const char*>(w) + 64, 0, 0};
-      panel_product<kMaxRows>(w, x, units, ahead, acc);
+      Ahead<kReadAgain> ahead{w, w + 64, 0, 0};
+      panel_product<kMaxRows>(reinterpret_cast<const W*>(w), x, units, ahead, acc);
       products += kMaxRows * kPanel * unit * units;
     }
   } while (std::chrono::steady_clock::now() < end);
