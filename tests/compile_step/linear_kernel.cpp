@@ -67,7 +67,7 @@ struct Case {
     call.packed = packed.data(), call.bias = bias.data(), call.scales = scales.data(), call.sums = sums.data();
     call.x = laid_out.data(), call.x_scales = x_scales.data(), call.residual = residual.data(), call.y = y.data();
     call.M = M, call.N = N, call.units = units;
-    const Tiling tiling(M, N, false);
+    const Tiling tiling(M, N, false, lanes * sizeof(Lane));
     for (int64_t tile = 0; tile < tiling.count(); ++tile) linear_tile(call, tiling, tile);
   }
 
@@ -98,7 +98,7 @@ struct Case {
 int main() {
   int wrong = 0;
   // Rows of one group, two and many; inputs beyond one chunk; outputs that do not fill a panel.
-  const int64_t shapes[][3] = {{1, 64, 96}, {3, 33, 70}, {13, 128, 32}, {16, 1030, 40}, {25, 64, 33}, {40, 17, 1}, {30, 1100, 40}};
+  const int64_t shapes[][3] = {{1, 64, 96}, {3, 33, 70}, {13, 128, 32}, {16, 1030, 40}, {25, 64, 33}, {40, 17, 1}, {30, 1100, 40}, {60, 1100, 140}};
   for (const auto& [M, K, N] : shapes) {
     wrong += Case<float, float>{M, K, N}.is_wrong() + Case<c10::Half, c10::Half>{M, K, N}.is_wrong();
     wrong += Case<c10::BFloat16, c10::BFloat16>{M, K, N}.is_wrong();

@@ -225,6 +225,29 @@ def test_gated_mlp_is_what_its_parts_are(
     assert torch.equal(torch.cat([mlp(slice(i, i + 1)) for i in range(m)]), expected)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("quantization", ["none", "int8", "int4"])
+# All of x is more than a core's cache, of one range and of several; rows then stay there while the weights go by.
+@pytest.mark.parametrize(("m", "k", "n"), [(4000, 900, 448), (1000, 4500, 448)])
+def test_rows_that_no_cache_holds_are_what_few_rows_are(
+    dtype: torch.dtype, quantization: str, m: int, k: int, n: int
+) -> None:
+    torch.manual_seed(m)
+    operators = torch.ops.multibatch
+    x, residual, rest = torch.randn(m, k).to(dtype), torch.randn(m, n).to(dtype), []
+    for out_features, in_features in ((n, k), (k, n // 2)):
+        w = (torch.randn(out_features, in_features) / in_features**0.5).to(dtype)
+        rest.append(packed(w, torch.randn(out_features).to(dtype), quantization))
+
+    def both(rows: slice) -> tuple[torch.Tensor, torch.Tensor]:
+        y = operators.residual_linear(residual[rows], x[rows], *rest[0], n)
+        return y, operators.gated_mlp(x[rows], x[rows], None, 0.0, 0.0, True, *rest[0], *rest[1], n // 2, k, "silu")
+
+    some = [both(slice(i, i + 40)) for i in range(0, m, 40)]
+    for i, all_rows in enumerate(both(slice(None))):
+        assert torch.equal(all_rows, torch.cat([each[i] for each in some]))
+
+
 def test_a_residual_of_another_shape_is_refused() -> None:
     with pytest.raises(RuntimeError, match=r"the residual must be Float\[3, 32\]"):
         torch.ops.multibatch.residual_linear(

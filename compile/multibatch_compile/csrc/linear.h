@@ -61,7 +61,8 @@ class Succession {
 // The products of a call whose x is laid out.
 template <typename W, typename T>
 void multiply(const LinearCall<W, T>& call) {
-  const Tiling tiling(call.M, call.N, call.gated.rows != nullptr);
+  const int64_t row_bytes = call.units * Format<W>::lanes * sizeof(typename Format<W>::Lane);
+  const Tiling tiling(call.M, call.N, call.gated.rows != nullptr, row_bytes);
   auto fn = [&](int64_t tile) { linear_tile(call, tiling, tile); };
   ThreadPool& pool = ThreadPool::instance();
   if (tiling.tiles_are_long()) {

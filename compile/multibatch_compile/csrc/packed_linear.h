@@ -49,7 +49,7 @@ struct LinearCall {
   GatedOutputs<W, T> gated = {};  // instead of y
 };
 
-constexpr int64_t kBlockGroups = 8;  // of rows, in a tile of many
+constexpr int64_t kBlockGroups = 16;  // of rows, at most, in a tile of many
 
 // From the sums of a group of rows over a panel to those over the next panel of the tile.
 constexpr int64_t kPanelSums = kBlockGroups * kMaxRows * 2;
@@ -247,26 +247,45 @@ void panel_rows_of(int rows, const LinearCall<W, T>& c, const Range<Reads>& rang
 // else would rest while the second computes. Many: a block of rows by a few panels (of gate and up, one of each), over ranges
 // that keep both in the core's own caches, each group fetching its share of the range that comes next. Short ranges cost: at
 // each end the sums are put down and taken up.
+//
+// Tiles of many rows that share panels follow each other, so that weights come from memory once and evenly. But where all of x is
+// more than a core's cache holds, x would come from far away with every tile, and nothing fetches it ahead: there tiles that share
+// a block of rows follow each other, which stays in that cache.
 struct Tiling {
-  static constexpr int64_t kBlockPanels = 2, kPairPanels = 2, kBlockChunks = 4, kFewTiles = 64;
+  static constexpr int64_t kBlockPanels = 4, kPairPanels = 2, kBlockChunks = 4, kFewTiles = 64;
   Groups groups;
-  int64_t panels, panels_per_tile, row_blocks;
-  Tiling(int64_t m, int64_t n, bool gated) : groups(m), panels((n + kPanel - 1) / kPanel) {
-    panels_per_tile = groups.count == 1 ? 1 : groups.count == 2 ? kPairPanels : kBlockPanels;
-    row_blocks = (groups.count + kBlockGroups - 1) / kBlockGroups;
-    if (tiles_are_long() && !gated && count() < kFewTiles) panels_per_tile = 1;  // the last tiles end together
+  int64_t panels, panels_per_tile, row_blocks = 1;
+  bool rows_stay = false;
+  // row_bytes: of a row of x as it is laid out.
+  Tiling(int64_t m, int64_t n, bool gated, int64_t row_bytes) : groups(m), panels((n + kPanel - 1) / kPanel) {
+    panels_per_tile = groups.count == 1 ? 1 : kPairPanels;
+    if (!tiles_are_long()) return;
+    const int64_t cache = second_level_cache();
+    rows_stay = m * row_bytes > cache * 3 / 2;
+    const int64_t most = rows_stay ? std::clamp<int64_t>(cache / 3 / (kMaxRows * row_bytes), 1, kBlockGroups) : kBlockGroups / 2;
+    row_blocks = (groups.count + most - 1) / most;
+    if (gated) return;
+    if (rows_stay) panels_per_tile = kBlockPanels;
+    while (panels_per_tile > 1 && count() < kFewTiles) panels_per_tile /= 2;  // the last tiles end together
   }
   bool tiles_are_long() const { return groups.are_many(); }
-  // Units in a range of a block.
+  int64_t panel_tiles() const { return (panels + panels_per_tile - 1) / panels_per_tile; }
+  int64_t count() const { return panel_tiles() * row_blocks; }
+  int64_t block_of(int64_t tile) const { return rows_stay ? tile / panel_tiles() : tile % row_blocks; }
+  int64_t panel_tile_of(int64_t tile) const { return rows_stay ? tile % panel_tiles() : tile / row_blocks; }
+  // Of the tile after this one.
+  int64_t next_panel_tile(int64_t tile) const {
+    if (rows_stay) return (panel_tile_of(tile) + 1) % panel_tiles();
+    return std::min(panel_tile_of(tile) + (block_of(tile) + 1 == row_blocks), panel_tiles() - 1);
+  }
+  // Units in a range of a block of so many groups.
   template <typename W>
-  static int64_t block_units() {
+  int64_t block_units(int64_t num_groups) const {
     constexpr int64_t chunk = kChunk / Format<W>::lanes;
-    constexpr int64_t bytes = chunk * (kBlockGroups * kMaxRows * Format<W>::lanes * sizeof(typename Format<W>::Lane) +
-                                       kBlockPanels * kUnitBytes<W>);
+    const int64_t bytes = chunk * (num_groups * kMaxRows * Format<W>::lanes * static_cast<int64_t>(sizeof(typename Format<W>::Lane)) +
+                                   panels_per_tile * kUnitBytes<W>);
     return chunk * std::clamp<int64_t>(second_level_cache() * 2 / 3 / bytes, 1, kBlockChunks);
   }
-  // Tiles that share panels follow each other, so that the panels are still in the shared cache.
-  int64_t count() const { return (panels + panels_per_tile - 1) / panels_per_tile * row_blocks; }
 };
 
 template <typename Acc>
@@ -307,7 +326,7 @@ void block_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int
                 int64_t next_panel) {
   constexpr int64_t unit = kUnitBytes<W>, fetches = kFetches<W>;
   typename Format<W>::Acc* const carry = carries<typename Format<W>::Acc>();
-  const int64_t length = Tiling::block_units<W>();
+  const int64_t length = tiling.template block_units<W>(g1 - g0);
   for (int64_t from = 0; from == 0 || from < c.units; from += length)
     for (int64_t p = p0; p < p1; p += step) {
       const int64_t to = std::min(from + length, c.units);
@@ -328,18 +347,15 @@ void block_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int
 
 template <typename W, typename T>
 void linear_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t tile) {
-  const int64_t p0 = tile / tiling.row_blocks * tiling.panels_per_tile;
-  const int64_t p1 = std::min(p0 + tiling.panels_per_tile, tiling.panels);
-  const int64_t block = tile % tiling.row_blocks, count = tiling.groups.count;
+  const int64_t count = tiling.groups.count, nth = tiling.panel_tile_of(tile), next = tiling.next_panel_tile(tile);
+  const int64_t p0 = nth * tiling.panels_per_tile, p1 = std::min(p0 + tiling.panels_per_tile, tiling.panels);
   if (count == 1) return single_tile(c, tiling, p0, p1);
   if (count == 2) return pair_tile(c, tiling, p0, p1);
+  const int64_t block = tiling.block_of(tile);
   const int64_t g0 = block * count / tiling.row_blocks, g1 = (block + 1) * count / tiling.row_blocks;
-  const bool is_last_block = block + 1 == tiling.row_blocks;
-  if (c.gated.rows) {
-    const int64_t pair = tile / tiling.row_blocks, half = tiling.panels / 2, next = std::min(pair + is_last_block, half - 1);
-    return block_tile(c, tiling, pair, pair + half + 1, half, g0, g1, next);
-  }
-  block_tile(c, tiling, p0, p1, 1, g0, g1, is_last_block ? std::min(p1, tiling.panels - 1) : p0);
+  if (!c.gated.rows) return block_tile(c, tiling, p0, p1, 1, g0, g1, next * tiling.panels_per_tile);
+  const int64_t half = tiling.panels / 2;
+  block_tile(c, tiling, nth, nth + half + 1, half, g0, g1, next);
 }
 
 // Lays one row of x, [K], out for the micro-kernel: lane l goes to out[l / kChunk][l % kChunk], chunks `distance` apart.
