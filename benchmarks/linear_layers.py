@@ -136,10 +136,8 @@ def main() -> None:
     artifact = Artifact.open(arguments.artifact)
     programs, manifest = load_programs(artifact), artifact.manifest
     config = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
-    dtype, quantization = (
-        DTYPES[manifest.model.dtype],
-        manifest.quantization.scheme if manifest.quantization else "none",
-    )
+    dtype = DTYPES[manifest.model.dtype]
+    quantization = manifest.quantization.scheme if manifest.quantization else "none"
     with programs.own_threads():
         for tokens in map(int, arguments.tokens.split(",")):
             dtype_name = manifest.model.dtype if quantization == "none" else quantization

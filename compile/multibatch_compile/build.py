@@ -400,11 +400,9 @@ def _prove(staging: Staging, manifest: Manifest, loaded: LoadedModel, names: Seq
     manifest = dataclasses.replace(manifest, programs=tuple(proven), build=_with_rates(manifest))
     if manifest.quantization is not None:
         with bars.stage("compare with the original"):
-            engine, scheme = (
-                Engine(Artifact(staging.path, manifest), EngineConfig(), programs),
-                manifest.quantization.scheme,
-            )
-            manifest = dataclasses.replace(manifest, quantization=compare(loaded, reference, engine, scheme))
+            engine = Engine(Artifact(staging.path, manifest), EngineConfig(), programs)
+            found = compare(loaded, reference, engine, manifest.quantization)
+            manifest = dataclasses.replace(manifest, quantization=found)
     with bars.stage("canary"):
         canary = record_canary(Artifact(staging.path, manifest), programs)
     manifest = dataclasses.replace(manifest, canary=canary)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,8 +22,6 @@ from multibatch.sampling_params import SamplingParams
 from .model import LoadedModel, named_tensors, pool_of
 from .packing import head_of, linear_weight, scheme_of
 from .verify import chunk_of
-
-Scheme = Literal["int8", "int4"]
 
 _PROMPTS = 6
 _LENGTH = 48
@@ -75,16 +73,16 @@ def quantized_reference(loaded: LoadedModel, scheme: str) -> FlatDecoder:
     return FlatDecoder(model, REFERENCE_ATTENTION)
 
 
-def compare(loaded: LoadedModel, quantized: FlatDecoder, engine: Engine, scheme: Scheme) -> Quantization:
-    """Original against quantised, on random token ids and on text that `engine`, which serves the latter, samples."""
+def compare(loaded: LoadedModel, quantized: FlatDecoder, engine: Engine, recorded: Quantization) -> Quantization:
+    """What was recorded, and original against quantised on random token ids and on text that `engine`, which serves the latter, samples."""
     rng = random.Random(0)
     length = min(_LENGTH, engine.max_seq_len)
     vocabulary = loaded.info.vocab_size
     noise = [[rng.randrange(vocabulary) for _ in range(length)] for _ in range(_PROMPTS)]
     starts = [prompt[: max(1, length // 12)] for prompt in noise]
     own = [start + sampled for start, sampled in zip(starts, _sample(engine, starts, length), strict=True)]
-    return Quantization(
-        scheme=scheme,
+    return dataclasses.replace(
+        recorded,
         random_tokens=agreement(loaded, quantized, noise),
         own_text=agreement(loaded, quantized, own),
     )
