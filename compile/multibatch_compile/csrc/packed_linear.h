@@ -347,11 +347,11 @@ void block_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int
 
 template <typename W, typename T>
 void linear_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t tile) {
-  const int64_t count = tiling.groups.count, nth = tiling.panel_tile_of(tile), next = tiling.next_panel_tile(tile);
+  const int64_t count = tiling.groups.count, nth = tiling.panel_tile_of(tile);
   const int64_t p0 = nth * tiling.panels_per_tile, p1 = std::min(p0 + tiling.panels_per_tile, tiling.panels);
   if (count == 1) return single_tile(c, tiling, p0, p1);
   if (count == 2) return pair_tile(c, tiling, p0, p1);
-  const int64_t block = tiling.block_of(tile);
+  const int64_t block = tiling.block_of(tile), next = tiling.next_panel_tile(tile);
   const int64_t g0 = block * count / tiling.row_blocks, g1 = (block + 1) * count / tiling.row_blocks;
   if (!c.gated.rows) return block_tile(c, tiling, p0, p1, 1, g0, g1, next * tiling.panels_per_tile);
   const int64_t half = tiling.panels / 2;
