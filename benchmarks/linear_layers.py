@@ -1,6 +1,6 @@
 """What the linear layers of a prompt take, beside the products that the same kernel makes with operands in the first cache.
 
-usage: python -m benchmarks.linear_layers ARTIFACT [--tokens 128,1024] [--repeats 9]
+usage: python -m benchmarks.linear_layers ARTIFACT [--tokens 128,1024] [--repeats 9] [--threads 1]
 
 Shapes are those of the artifact's model, a Llama-like one of one width; weights are random. Rates drift within a second here,
 so the peak is measured before and after each layer's turn. "prepare" is what comes before the products: the normalisation,
@@ -132,9 +132,10 @@ def main() -> None:
     parser.add_argument("artifact")
     parser.add_argument("--tokens", default="128,1024")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--threads", type=int, help="default: the cores this process may use")
     arguments = parser.parse_args()
     artifact = Artifact.open(arguments.artifact)
-    programs, manifest = load_programs(artifact), artifact.manifest
+    programs, manifest = load_programs(artifact, arguments.threads), artifact.manifest
     config = json.loads((artifact.path / "config.json").read_text(encoding="utf-8"))
     dtype = DTYPES[manifest.model.dtype]
     quantization = manifest.quantization.scheme if manifest.quantization else "none"

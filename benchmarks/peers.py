@@ -33,7 +33,7 @@ from multibatch.manifest import Manifest
 from multibatch.roofline import Roofline, best_of
 from multibatch.terminal import OUT
 
-KINDS = ("openvino", "llamacpp", "ort", "vllm")
+KINDS = (OURS, "openvino", "llamacpp", "ort", "vllm")
 BEST = "the best of each round"
 RAGGED = 0.1
 
@@ -65,7 +65,7 @@ def make_specs(
     artifact: Path, peers: Sequence[tuple[str, str]], pythons: Mapping[str, str], preloads: Mapping[str, str]
 ) -> list[Spec]:
     """Ours first; peers are named by their kind, and by their file too where two are of one kind."""
-    kinds = [kind for kind, _ in peers]
+    kinds = [OURS, *(kind for kind, _ in peers)]
     specs = [Spec(OURS, OURS, str(artifact), sys.executable)]
     for kind, path in peers:
         name = kind if kinds.count(kind) == 1 else f"{kind}:{Path(path).name}"
@@ -201,7 +201,7 @@ def works(_context: click.Context, _option: click.Parameter, value: str) -> list
     "peers",
     multiple=True,
     callback=pairs(":"),
-    help="KIND:PATH of another engine's model; may be given more than once.",
+    help=f"KIND:PATH of another engine's model, or {OURS}:PATH of another artifact; may be given more than once.",
 )
 @click.option(
     "--python", "pythons", multiple=True, callback=pairs("="), help="KIND=PATH of the Python that has that engine."

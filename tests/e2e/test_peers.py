@@ -1,9 +1,10 @@
-"""benchmarks/peers.py: the figures it makes of times, and a run without any peer."""
+"""benchmarks/peers.py: the figures it makes of times, and a run of two artifacts."""
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -184,10 +185,12 @@ def test_a_request_that_ends_early_is_counted_as_it_came() -> None:
     assert answer["num_tokens"] == [2, 2]
 
 
-def test_a_run_without_peers(eager_artifact: Path, tmp_path: Path) -> None:
-    target = tmp_path / "peers.json"
+def test_a_run_of_two_artifacts(eager_artifact: Path, tmp_path: Path) -> None:
+    target, other = tmp_path / "peers.json", tmp_path / "other"
+    shutil.copytree(eager_artifact, other)
     options = ["--batches", "2", "--rounds", "1", "--input-len", "6", "--output-len", "3", "--threads", "1"]
-    command = [sys.executable, "-m", "benchmarks.peers", eager_artifact, *options, "--work", "w1", "--json", target]
+    options += ["--peer", f"multibatch:{other}", "--work", "w1", "--json", str(target)]
+    command = [sys.executable, "-m", "benchmarks.peers", eager_artifact, *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(peers.__file__).parents[1])
     assert done.returncode == 0, done.stderr
     record = json.loads(done.stdout.splitlines()[-1])
@@ -196,6 +199,8 @@ def test_a_run_without_peers(eager_artifact: Path, tmp_path: Path) -> None:
     (case,) = record["cases"]
     ours = case["engines"]["multibatch"]
     assert ours["tokens_per_s"] > 0 and ours["ours_over"] == 1.0
+    theirs = case["engines"]["multibatch:other"]
+    assert theirs["ours_over"] == pytest.approx(ours["tokens_per_s"] / theirs["tokens_per_s"], rel=0.01)
     assert ours["share_of_limit"] == pytest.approx(ours["tokens_per_s"] / case["limit_tokens_per_s"], abs=0.01)
 
 
@@ -204,7 +209,7 @@ def test_a_run_without_peers(eager_artifact: Path, tmp_path: Path) -> None:
     [
         (["--batches", "5"], "4 requests at once, not 5"),
         (["--work", "prefill", "--batches", "1", "--input-len", "16"], "prefill 1 x 128 needs 129 positions"),
-        (["--peer", "other:x"], "openvino, llamacpp, ort, vllm"),
+        (["--peer", "other:x"], "multibatch, openvino, llamacpp, ort, vllm"),
         (["--peer", "vllm:"], "KIND:PATH"),
         (["--peer", "ort:x"], "ort has no continuous batching"),
         (["--work", "w3"], "there are w1, w2 and prefill"),
