@@ -36,7 +36,7 @@ SHAPES = [
     (24, 257, 70),
     (40, 17, 1),
     (25, 64, 33),
-    (30, 4500, 40),  # longer than one range of a block, in every dtype
+    (150, 9000, 33),  # longer than one range of a block, in every dtype, where the second cache is of 1 MiB
     (130, 900, 300),
 ]
 

@@ -98,15 +98,17 @@ Highest highest(const T* x, int64_t n) {
 enum class Activation { silu, gelu_tanh };
 
 // x * sigmoid(x), through e^-|x| so that nothing overflows.
+template <typename T>
 inline f32x16 silu(f32x16 x) {
-  f32x16 e = exp_nonpositive(x < 0.0f ? x : -x);
-  return x * (x < 0.0f ? e : splat(1.0f)) / (1.0f + e);
+  const f32x16 e = exp_nonpositive_as<T>(negative_magnitude(x));
+  return (x < 0.0f ? x * e : x) / (1.0f + e);
 }
 
 // GELU's tanh form (Hendrycks and Gimpel 2016).
+template <typename T>
 inline f32x16 gelu_tanh(f32x16 x) {
   f32x16 u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
-  f32x16 e = exp_nonpositive(-2.0f * (u < 0.0f ? -u : u));
+  f32x16 e = exp_nonpositive_as<T>(2.0f * negative_magnitude(u));
   f32x16 t = (1.0f - e) / (1.0f + e);
   return 0.5f * x * (1.0f + (u < 0.0f ? -t : t));
 }
@@ -114,7 +116,7 @@ inline f32x16 gelu_tanh(f32x16 x) {
 // activation(gate) * up, rounded to T between the two.
 template <typename T>
 inline f32x16 gated_product(f32x16 gate, f32x16 up, Activation activation) {
-  return rounded<T>(activation == Activation::silu ? silu(gate) : gelu_tanh(gate)) * up;
+  return rounded<T>(activation == Activation::silu ? silu<T>(gate) : gelu_tanh<T>(gate)) * up;
 }
 
 // The same for rows of n elements, stored as T.

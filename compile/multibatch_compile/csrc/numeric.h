@@ -202,6 +202,38 @@ inline f32x16 exp_nonpositive(f32x16 x) {
   return scale_by_power(p, n);
 }
 
+// The larger of x and `least`; a NaN stays one.
+inline f32x16 at_least(float least, f32x16 x) {
+#ifdef __AVX512F__
+  return (f32x16)_mm512_max_ps((__m512)splat(least), (__m512)x);
+#else
+  return x < least ? splat(least) : x;
+#endif
+}
+
+// 2^x for x <= 0, within 3e-6 of itself: a minimax polynomial over [-1/2, 1/2] that is 1 at 0. 0 from -173 on.
+inline f32x16 exp2_nonpositive(f32x16 x) {
+  x = at_least(-173.0f, x);
+  const f32x16 n = round_nonpositive(x), r = x - n;
+  f32x16 p = splat(9.582852944731712e-3f);
+  p = p * r + 5.5906426161527634e-2f;
+  p = p * r + 2.4024099111557007e-1f;
+  p = p * r + 6.931241750717163e-1f;
+  return scale_by_power(p * r + 1.0f, n);
+}
+
+// e^x for x <= 0, near enough for what is rounded to T then: within 2 ulp, or 1e-5 of itself where T has sixteen bits.
+template <typename T>
+inline f32x16 exp_nonpositive_as(f32x16 x) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return exp_nonpositive(x);
+  } else {
+    return exp2_nonpositive(x * 1.44269504088896341f);
+  }
+}
+
+inline f32x16 negative_magnitude(f32x16 x) { return (f32x16)((u32x16)x | 0x80000000u); }
+
 inline float sum(f32x16 v) {
 #ifdef __AVX512F__
   return _mm512_reduce_add_ps((__m512)v);

@@ -49,7 +49,7 @@ struct LinearCall {
   GatedOutputs<W, T> gated = {};  // instead of y
 };
 
-constexpr int64_t kBlockGroups = 16;  // of rows, at most, in a tile of many
+constexpr int64_t kBlockGroups = 8;  // of rows, at most, in a tile of many
 
 // From the sums of a group of rows over a panel to those over the next panel of the tile.
 constexpr int64_t kPanelSums = kBlockGroups * kMaxRows * 2;
@@ -152,8 +152,8 @@ inline void store_gated_rows(const LinearCall<W, T>& c, int64_t panel, int64_t r
     biases[0][half] = floats_of(c.bias + first + 16 * half);
     biases[1][half] = floats_of(c.bias + c.N / 2 + first + 16 * half);
   }
-  for (int r = 0; r < rows; ++r) {
-    auto* const to = c.gated.at(row + r, first);
+  auto* to = c.gated.at(row, first);
+  for (int r = 0; r < rows; ++r, to += c.gated.row_stride) {
     for (int half = 0; half < 2; ++half) {
       const f32x16 gate = rounded<T>(gates(r, half) + biases[0][half]), up = rounded<T>(ups(r, half) + biases[1][half]);
       const f32x16 product = gated_product<T>(gate, up, c.gated.activation);
@@ -249,10 +249,10 @@ void panel_rows_of(int rows, const LinearCall<W, T>& c, const Range<Reads>& rang
 // each end the sums are put down and taken up.
 //
 // Tiles of many rows that share panels follow each other, so that weights come from memory once and evenly. But where all of x is
-// more than a core's cache holds, x would come from far away with every tile, and nothing fetches it ahead: there tiles that share
-// a block of rows follow each other, which stays in that cache.
+// more than a core's cache holds, tiles that share a block of rows follow each other. Such a block stays in that cache, or, if
+// the rows are long, the units of a range do, and each group fetches its share of those that come next.
 struct Tiling {
-  static constexpr int64_t kBlockPanels = 4, kPairPanels = 2, kBlockChunks = 4, kFewTiles = 64;
+  static constexpr int64_t kBlockPanels = 4, kPairPanels = 2, kFewTiles = 128;
   Groups groups;
   int64_t panels, panels_per_tile, row_blocks = 1;
   bool rows_stay = false;
@@ -260,10 +260,8 @@ struct Tiling {
   Tiling(int64_t m, int64_t n, bool gated, int64_t row_bytes) : groups(m), panels((n + kPanel - 1) / kPanel) {
     panels_per_tile = groups.count == 1 ? 1 : kPairPanels;
     if (!tiles_are_long()) return;
-    const int64_t cache = second_level_cache();
-    rows_stay = m * row_bytes > cache * 3 / 2;
-    const int64_t most = rows_stay ? std::clamp<int64_t>(cache / 3 / (kMaxRows * row_bytes), 1, kBlockGroups) : kBlockGroups / 2;
-    row_blocks = (groups.count + most - 1) / most;
+    rows_stay = m * row_bytes > second_level_cache() * 3 / 2;
+    row_blocks = (groups.count + kBlockGroups - 1) / kBlockGroups;
     if (gated) return;
     if (rows_stay) panels_per_tile = kBlockPanels;
     while (panels_per_tile > 1 && count() < kFewTiles) panels_per_tile /= 2;  // the last tiles end together
@@ -278,13 +276,12 @@ struct Tiling {
     if (rows_stay) return (panel_tile_of(tile) + 1) % panel_tiles();
     return std::min(panel_tile_of(tile) + (block_of(tile) + 1 == row_blocks), panel_tiles() - 1);
   }
-  // Units in a range of a block of so many groups.
+  // Units in a range of a block of so many groups: all, where a cache holds them with the rows, or those of a chunk.
   template <typename W>
-  int64_t block_units(int64_t num_groups) const {
-    constexpr int64_t chunk = kChunk / Format<W>::lanes;
-    const int64_t bytes = chunk * (num_groups * kMaxRows * Format<W>::lanes * static_cast<int64_t>(sizeof(typename Format<W>::Lane)) +
-                                   panels_per_tile * kUnitBytes<W>);
-    return chunk * std::clamp<int64_t>(second_level_cache() * 2 / 3 / bytes, 1, kBlockChunks);
+  int64_t block_units(int64_t units, int64_t num_groups) const {
+    constexpr int64_t lane = Format<W>::lanes * sizeof(typename Format<W>::Lane);
+    const int64_t bytes = num_groups * kMaxRows * lane + panels_per_tile * kUnitBytes<W>;
+    return units * bytes <= second_level_cache() * 2 / 3 ? std::max<int64_t>(units, 1) : kChunk / Format<W>::lanes;
   }
 };
 
@@ -324,25 +321,30 @@ void single_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, in
 template <typename W, typename T>
 void block_tile(const LinearCall<W, T>& c, const Tiling& tiling, int64_t p0, int64_t p1, int64_t step, int64_t g0, int64_t g1,
                 int64_t next_panel) {
-  constexpr int64_t unit = kUnitBytes<W>, fetches = kFetches<W>;
+  using Lane = typename Format<W>::Lane;
+  constexpr int64_t unit = kUnitBytes<W>, fetches = kFetches<W>, chunk_units = kChunk / Format<W>::lanes;
   typename Format<W>::Acc* const carry = carries<typename Format<W>::Acc>();
-  const int64_t length = tiling.template block_units<W>(g1 - g0);
-  for (int64_t from = 0; from == 0 || from < c.units; from += length)
+  const int64_t length = tiling.template block_units<W>(c.units, g1 - g0), row = tiling.groups.start(g0);
+  const int64_t passes = (p1 - p0 + step - 1) / step * (g1 - g0), row_bytes = kChunkStride * sizeof(Lane);
+  const int64_t row_share = (tiling.groups.start(g1) - row) * row_bytes / passes;
+  for (int64_t from = 0; from == 0 || from < c.units; from += length) {
+    const int64_t to = std::min(from + length, c.units), fetched = std::max<int64_t>((to - from) * fetches, 1);
+    const char* next_rows = reinterpret_cast<const char*>(c.x + ((to < c.units ? to / chunk_units : 0) * c.M + row) * kChunkStride);
     for (int64_t p = p0; p < p1; p += step) {
-      const int64_t to = std::min(from + length, c.units);
       // What is multiplied next: another panel over these units, then the first one over more, then the next tile's.
       const bool is_last = p + step >= p1, is_end = is_last && to == c.units;
       const int64_t then = is_end ? 0 : is_last ? to : from, panel = is_end ? next_panel : is_last ? p0 : p + step;
       const int64_t share = (std::min(then + length, c.units) - then) * unit / (g1 - g0);
       const char *soon = weights_at(c, p, from) + kPrefetchBytes, *next = weights_at(c, panel, then);
-      for (int64_t g = g0; g < g1; ++g, next += share) {
-        // Of its own weights every other line, since they lie in the core's cache but for the first group.
-        const int64_t next_step = share / std::max<int64_t>((to - from) * fetches, 1) + 1;
-        const Range<kReadAgain> range{p, from, to, {soon, next, unit / fetches, next_step}};
+      for (int64_t g = g0; g < g1; ++g, next += share, next_rows += row_share) {
+        Range<kReadAgain> range{p, from, to, {next_rows, next, row_share / fetched + 1, share / fetched + 1}};
+        // The rows stay: of the group's own weights every other line, since they lie in the core's cache but for the first group.
+        if (length >= c.units) range.ahead.first = soon, range.ahead.first_step = unit / fetches;
         typename Format<W>::Acc* held = carry + (p - p0) / step * kPanelSums + (g - g0) * kMaxRows * 2;
         panel_rows_of(tiling.groups.size(g), c, range, tiling.groups.start(g), held);
       }
     }
+  }
 }
 
 template <typename W, typename T>
