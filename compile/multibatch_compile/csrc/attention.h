@@ -24,6 +24,13 @@ struct Call {
   const int64_t* slots;     // [T]
   int64_t num_rows, num_tokens;
 
+  // Whether a row has new tokens for several tiles: then those of its end take long, and are handed out one by one.
+  bool has_chunk() const {
+    for (int64_t r = 0; r < num_rows; ++r)
+      if ((starts[r + 1] - starts[r]) * shape.group() > kTileRows) return true;
+    return false;
+  }
+
   // Whether this row's only new token goes where it reads it, which no other row of the call does: then the tile that reads it
   // writes it, and nobody waits in between.
   bool writes_itself(int64_t row) const {
@@ -189,7 +196,7 @@ void attend_tiles(const Call& call, const at::Tensor& query, const NewTokens<T>&
       merge(total, next, queries.rows, s.value_stride());
     }
     store<T>(call, tile, total, sinks, out);
-  });
+  }, call.has_chunk());
   if (!split) return;
   for (size_t i = 0; i < tiles.size(); ++i) {
     if (tiles[i].span != 0) continue;

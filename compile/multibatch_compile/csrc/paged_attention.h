@@ -18,8 +18,13 @@
 namespace multibatch {
 
 constexpr int64_t kSpan = 256;
-constexpr int64_t kTileRows = 64;  // (query token, query head) pairs that share one read of a block
-constexpr int64_t kFewRows = 8;    // up to so many are computed at once, see for_rows
+constexpr int64_t kTileRows = 72;  // (query token, query head) pairs that share one read of a block
+#ifdef __AVX512F__
+constexpr int kMostRows = 12;  // computed at once: their sums, two vectors each, are 24 of 32 registers
+#else
+constexpr int kMostRows = 8;
+#endif
+constexpr int64_t kFewRows = 8;    // up to so many take blocks as they are; for more a layout as lanes pays
 
 struct AttentionShape {
   int64_t num_heads, num_kv_heads, head_dim, value_dim, block_size, max_blocks;
@@ -64,7 +69,7 @@ struct Scratch {
   std::vector<int64_t> positions;
   void fit(const AttentionShape& s) {
     keys.resize(s.head_dim * s.block_size);
-    values.resize(s.block_size * s.value_stride());
+    values.resize(s.score_stride() * s.value_stride());
     scores.resize(kTileRows * s.score_stride());
     q.resize(kTileRows * s.head_dim);
     row.resize(s.head_dim);
@@ -85,10 +90,17 @@ struct Lines {
   int64_t count, stride, ahead;
 };
 
+// The same lines from a later element on.
+template <typename E>
+Lines<E> from_column(Lines<E> lines, int64_t column) {
+  lines.data += column;
+  return lines;
+}
+
 // Fetches what lies `ahead` bytes behind J vectors that are read now. Blocks lie anywhere in the pool, so the processor does
-// not do it by itself; and asked for a whole block at once, it waits for that before it computes.
+// not do it by itself; and asked for a whole block at once, it waits for that before it computes. Always inline: see fetch_ends.
 template <int J, typename E>
-inline void fetch_ahead(const E* vectors, int64_t ahead) {
+__attribute__((always_inline)) inline void fetch_ahead(const E* vectors, int64_t ahead) {
   for (size_t byte = 0; byte < J * 16 * sizeof(E); byte += 64)
     __builtin_prefetch(reinterpret_cast<const char*>(vectors) + ahead + byte);
 }
@@ -114,25 +126,26 @@ inline auto vector_of(const E* line, const E* next) {
 }
 
 // sums[R, 16 J] += a[R, lines] . b[lines, 16 J]: a vector of b is loaded once for all rows, a lane of a once for all vectors,
-// and sums of few rows do not wait for each other.
+// and sums of few rows do not wait for each other. Always inline: a function of its own would keep its caller's sums in memory.
 template <int R, int J, typename Lane, typename E>
-inline void add_products(const Lane* a, int64_t a_stride, Lines<E> b, f32x16 (&sums)[R][J]) {
+__attribute__((always_inline)) inline void add_products(const Lane* a, int64_t a_stride, Lines<E> b, f32x16 (&sums)[R][J]) {
   constexpr int64_t step = std::is_same_v<E, Lane> ? 1 : kElements<Lane>;  // lines
   static const E zeros[16 * J] = {};
   for (int64_t l = 0; l < b.count; l += step, ++a, b.data += step * b.stride) {
     const E* next = l + 1 < b.count ? b.data + b.stride : zeros;
-    fetch_ahead<J>(b.data, b.ahead);
+    // Not what was laid out as pairs: the first cache holds it.
+    if constexpr (step == kElements<Lane>) fetch_ahead<J>(b.data, b.ahead);
     if constexpr (step == 2) fetch_ahead<J>(next, b.ahead);
     decltype(vector_of<Lane>(next, next)) v[J];
     for (int j = 0; j < J; ++j) v[j] = vector_of<Lane>(b.data + 16 * j, next + 16 * j);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
       for (int j = 0; j < J; ++j) sums[r][j] = multiply_add(a[r * a_stride], v[j], sums[r][j]);
   }
 }
 
-// Calls fn.template operator()<R>(first row) over all rows, eight at a time as long as there are so many.
-template <int R = kFewRows, typename F>
+// Calls fn.template operator()<R>(first row) over all rows, kMostRows at a time as long as there are so many.
+template <int R = kMostRows, typename F>
 inline void for_rows(int64_t rows, const F& fn, int64_t first = 0) {
   if constexpr (R > 0) {
     for (; first + R <= rows; first += R) fn.template operator()<R>(first);
@@ -183,7 +196,7 @@ inline void apply_softcap(float* scores, int64_t n, float softcap) {
 
 // Turns one row's scores of a span, the first of them at position `start`, into weights, in the same memory and as lanes.
 // Positions outside [first, last] weigh 0. Where none is seen the state stays as it is.
-template <typename Lane>
+template <typename T>
 inline void softmax_row(float* scores, int64_t n, int64_t start, int64_t first, int64_t last, Partial state, int64_t r) {
   const float lowest = -std::numeric_limits<float>::infinity();
   const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -205,8 +218,8 @@ inline void softmax_row(float* scores, int64_t n, int64_t start, int64_t first, 
   }
   f32x16 total{};
   for (int64_t j = 0; j < n; j += 16) {
-    f32x16 p = exp_nonpositive(load_vector<f32x16>(scores + j) - top);
-    put_vector(p, reinterpret_cast<Lane*>(scores) + lanes_of<Lane>(j));
+    f32x16 p = exp_nonpositive_as<T>(load_vector<f32x16>(scores + j) - top);
+    put_vector(p, reinterpret_cast<Lane<T>*>(scores) + lanes_of<Lane<T>>(j));
     total += p;
   }
   state.max[r] = top;
@@ -244,9 +257,7 @@ void score_blocks(const Queries<Lane<T>>& queries, const Blocks<T>& blocks, int6
       for_rows(queries.rows, [&]<int R>(int64_t r) {
         for_vectors(bs, [&]<int J>(int64_t j) {
           f32x16 sums[R][J] = {};
-          auto some = keys;
-          some.data += j;
-          add_products(queries.q + r * lanes, lanes, some, sums);
+          add_products(queries.q + r * lanes, lanes, from_column(keys, j), sums);
           float* out = scratch.scores.data() + r * stride + start - begin + j;
           for (int i = 0; i < R; ++i)
             for (int v = 0; v < J; ++v) store_vector(out + i * stride + 16 * v, sums[i][v] * s.scale);
@@ -277,34 +288,46 @@ Lines<T> values_of(const Blocks<T>& blocks, int64_t start, int64_t end, const At
   return {copy.data(), count, stride, 0};
 }
 
-// Adds the values of these blocks, weighted, to the state.
+// Adds the elements [d, d + 16 J) of these values, from the `first`th lane of the weights on, to the state.
+template <int J, typename T, typename E>
+void add_columns(int64_t rows, const Lines<E>& values, int64_t d, int64_t first, Partial state, const Scratch& scratch,
+                 const AttentionShape& s) {
+  const int64_t stride = s.value_stride(), distance = s.score_stride();
+  const Lane<T>* weights = reinterpret_cast<const Lane<T>*>(scratch.scores.data()) + first;
+  for_rows(rows, [&]<int R>(int64_t r) {
+    f32x16 sums[R][J];
+    float* out = state.out + r * stride + d;
+    for (int i = 0; i < R; ++i)
+      for (int v = 0; v < J; ++v) sums[i][v] = load_vector<f32x16>(out + i * stride + 16 * v);
+    add_products(weights + r * distance, distance, values, sums);
+    for (int i = 0; i < R; ++i)
+      for (int v = 0; v < J; ++v) store_vector(out + i * stride + 16 * v, sums[i][v]);
+  });
+}
+
+// Adds the values of these blocks, weighted, to the state. Many rows share one layout of all of them, columns that are taken at once
+// side by side, so that these stay in the first cache, and sums in registers from the first block to the last.
 template <typename T>
 void add_values(int64_t rows, const Blocks<T>& blocks, int64_t begin, int64_t end, Partial state, Scratch& scratch,
                 const AttentionShape& s) {
-  const int64_t stride = s.value_stride();
-  const Lane<T>* weights = reinterpret_cast<const Lane<T>*>(scratch.scores.data());
+  const int64_t width = s.value_stride(), most = lanes_of<Lane<T>>(s.score_stride());
+  int64_t lanes = 0;
   for (int64_t start = begin; start < end; start += s.block_size) {
-    auto add = [&](const auto& values) {
-      for_rows(rows, [&]<int R>(int64_t r) {
-        for_vectors(stride, [&]<int J>(int64_t d) {
-          f32x16 sums[R][J];
-          float* out = state.out + r * stride + d;
-          for (int i = 0; i < R; ++i)
-            for (int v = 0; v < J; ++v) sums[i][v] = load_vector<f32x16>(out + i * stride + 16 * v);
-          auto some = values;
-          some.data += d;
-          add_products(weights + r * s.score_stride() + lanes_of<Lane<T>>(start - begin), s.score_stride(), some, sums);
-          for (int i = 0; i < R; ++i)
-            for (int v = 0; v < J; ++v) store_vector(out + i * stride + 16 * v, sums[i][v]);
-        });
-      });
-    };
     const Lines<T> values = values_of(blocks, start, end, s);
-    if (rows > kFewRows) {
-      add(lanes_from<Lane<T>>(values, stride, scratch.values.data()));
-    } else {
-      add(values);
-    }
+    for_vectors(width, [&]<int J>(int64_t d) {
+      if (rows > kFewRows) {
+        lanes_from<Lane<T>>(from_column(values, d), 16 * J, scratch.values.data() + d * most + 16 * J * lanes);
+      } else {
+        add_columns<J, T>(rows, from_column(values, d), d, lanes, state, scratch, s);
+      }
+    });
+    lanes += lanes_of<Lane<T>>(values.count);
+  }
+  if (rows > kFewRows) {
+    for_vectors(width, [&]<int J>(int64_t d) {
+      const auto* column = reinterpret_cast<const Lane<T>*>(scratch.values.data()) + d * most;
+      add_columns<J, T>(rows, Lines<Lane<T>>{column, lanes, 16 * J, 0}, d, 0, state, scratch, s);
+    });
   }
 }
 
@@ -326,7 +349,7 @@ void attend_span(const Queries<Lane<T>>& queries, const Blocks<T>& blocks, int64
     if (s.softcap != 0.0f) apply_softcap(row, num_scores, s.softcap);
     const int64_t position = queries.positions[r];
     const int64_t first = std::max(span_start, s.sliding_window ? position - s.sliding_window + 1 : 0);
-    softmax_row<Lane<T>>(row, num_scores, begin, first, std::min(position, span_end - 1), state, r);
+    softmax_row<T>(row, num_scores, begin, first, std::min(position, span_end - 1), state, r);
   }
   add_values(queries.rows, blocks, begin, end, state, scratch, s);
 }
