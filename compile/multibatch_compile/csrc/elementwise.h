@@ -51,15 +51,12 @@ float maximum(const T* x, int64_t n) {
   f32x16 largest = splat(-std::numeric_limits<float>::infinity());
   i32x16 wrong{};
   for_sixteens(n, [&](int64_t i, int64_t live) {
-    const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     f32x16 v = floats_of(x + i, live);
     wrong |= v != v;
-    if (live < 16) v = lane < static_cast<int32_t>(live) ? v : largest;
-    largest = v > largest ? v : largest;
+    if (live < 16) v = select(places<i32x16>() < static_cast<int32_t>(live), v, largest);
+    largest = select(v > largest, v, largest);
   });
-  bool nan = false;
-  for (int i = 0; i < 16; ++i) nan = nan || wrong[i] != 0;
-  return nan ? std::numeric_limits<float>::quiet_NaN() : max(largest);
+  return any(wrong) ? std::numeric_limits<float>::quiet_NaN() : max(largest);
 }
 
 // The highest of some numbers and where it lies: the first place of several. Of no numbers: place -1.
@@ -75,7 +72,7 @@ struct Highest {
 
 template <typename T>
 Highest highest(const T* x, int64_t n) {
-  const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const i32x16 lane = places<i32x16>();
   f32x16 value = splat(-std::numeric_limits<float>::infinity());
   i32x16 place = i32x16{} - 1, wrong{};
   int64_t i = 0;
@@ -83,14 +80,13 @@ Highest highest(const T* x, int64_t n) {
     const f32x16 v = floats_of(x + i);
     const i32x16 higher = v > value;
     wrong |= v != v;
-    value = higher ? v : value;
-    place = higher ? lane + static_cast<int32_t>(i) : place;
+    value = select(higher, v, value);
+    place = select(higher, lane + static_cast<int32_t>(i), place);
   }
   Highest result;
-  for (int j = 0; j < 16; ++j) {
-    result.nan = result.nan || wrong[j] != 0;
+  result.nan = any(wrong);
+  for (int j = 0; j < 16; ++j)
     if (place[j] >= 0) result.add(value[j], place[j]);
-  }
   for (; i < n; ++i) result.add(to_float(x[i]), i);
   return result;
 }
@@ -101,7 +97,7 @@ enum class Activation { silu, gelu_tanh };
 template <typename T>
 inline f32x16 silu(f32x16 x) {
   const f32x16 e = exp_nonpositive_as<T>(negative_magnitude(x));
-  return (x < 0.0f ? x * e : x) / (1.0f + e);
+  return select(x < 0.0f, x * e, x) / (1.0f + e);
 }
 
 // GELU's tanh form (Hendrycks and Gimpel 2016).
@@ -110,7 +106,7 @@ inline f32x16 gelu_tanh(f32x16 x) {
   f32x16 u = 0.7978845608028654f * (x + 0.044715f * x * x * x);
   f32x16 e = exp_nonpositive_as<T>(2.0f * negative_magnitude(u));
   f32x16 t = (1.0f - e) / (1.0f + e);
-  return 0.5f * x * (1.0f + (u < 0.0f ? -t : t));
+  return 0.5f * x * (1.0f + select(u < 0.0f, -t, t));
 }
 
 // activation(gate) * up, rounded to T between the two.

@@ -1,7 +1,5 @@
-// Vectors of 16 floats, conversions to and from the stored types, and exp.
-//
-// GCC's and Clang's vector extensions, not intrinsics: the same source becomes AVX-512, AVX2 or NEON code by
-// -march alone. Only what compilers make badly, and the dot products of packed_linear.h, are asked for by name.
+// Sixteen floats at a time: conversions to and from the stored types, and exp. Only what compilers make badly, and the dot
+// products of panel_product.h, are asked for by name.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -9,32 +7,27 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <type_traits>
-#if defined(__AVX512F__) || defined(__F16C__)
+
+#include "vectors.h"
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 namespace multibatch {
 
-using f32x16 = float __attribute__((vector_size(64)));
-using i32x16 = int32_t __attribute__((vector_size(64)));
-using u32x16 = uint32_t __attribute__((vector_size(64)));
+using f32x16 = Vector<float, 16>;
+using i32x16 = Vector<int32_t, 16>;
+using u32x16 = Vector<uint32_t, 16>;
+using u16x16 = Vector<uint16_t, 16>;
 
-template <typename V>
-inline V load_vector(const void* from) {
-  V v;
-  std::memcpy(&v, from, sizeof(V));  // an unaligned load
-  return v;
-}
-
-template <typename V>
-inline void store_vector(void* to, V v) {
-  std::memcpy(to, &v, sizeof(V));
-}
+// Sums of products that are made at once: so many vectors for each of so many rows. With AVX-512 they fill 24 of 32 registers; with
+// AVX2 8 of 16, as with 10 and more GCC 12 keeps some of them in memory.
+constexpr int kVectorsAtOnce = kIsPair<f32x16> ? 1 : 2;
+constexpr int kRowsAtOnce = kIsPair<f32x16> ? 4 : 12;
 
 // x - 0 and not 0 + x, which would be an addition: it turns -0 into 0.
-inline f32x16 splat(float x) { return x - f32x16{}; }
+MULTIBATCH_INLINE f32x16 splat(float x) { return x - f32x16{}; }
 
 // Whether pairs of bfloat16 are multiplied, and added to a float, by one instruction.
 #ifdef __AVX512BF16__
@@ -50,14 +43,12 @@ inline float to_float(c10::Half x) { return static_cast<float>(x); }
 // Sixteen elements as floats.
 inline f32x16 floats_of(const float* from) { return load_vector<f32x16>(from); }
 
-using u16x16 = uint16_t __attribute__((vector_size(32)));
-
 // One instruction each with AVX-512; GCC 12 makes five of __builtin_convertvector.
 inline u32x16 widen(u16x16 v) {
 #ifdef __AVX512F__
   return (u32x16)_mm512_cvtepu16_epi32((__m256i)v);
 #else
-  return __builtin_convertvector(v, u32x16);
+  return numbers_as<u32x16>(v);
 #endif
 }
 
@@ -65,42 +56,40 @@ inline u16x16 narrow(u32x16 v) {
 #ifdef __AVX512F__
   return (u16x16)_mm512_cvtepi32_epi16((__m512i)v);
 #else
-  return __builtin_convertvector(v, u16x16);
+  return numbers_as<u16x16>(v);
 #endif
 }
 
 // bfloat16 is the upper half of a float. Spelled out, since compilers make half vectors of the plain loop, and c10's own
 // conversions go through a branch.
 inline f32x16 floats_of(const c10::BFloat16* from) {
-  u32x16 bits = widen(load_vector<u16x16>(from)) << 16;
-  return load_vector<f32x16>(&bits);
+  return bits_as<f32x16>(widen(load_vector<u16x16>(from)) << 16);
 }
 
 // 16 halves as floats and back (to nearest, ties to even). By name: GCC converts plain loops one at a time, through memory.
 inline f32x16 floats_of(const c10::Half* from) {
 #if defined(__AVX512F__)
   return (f32x16)_mm512_cvtph_ps(load_vector<__m256i>(from));
-#elif defined(__F16C__)
-  f32x16 out;
-  store_vector(&out, _mm256_cvtph_ps(load_vector<__m128i>(from)));
-  store_vector(reinterpret_cast<float*>(&out) + 8, _mm256_cvtph_ps(load_vector<__m128i>(from + 8)));
-  return out;
+#elif defined(__AVX2__) && defined(__F16C__)
+  using f32x8 = Vector<float, 8>;
+  return {(f32x8)_mm256_cvtph_ps(load_vector<__m128i>(from)), (f32x8)_mm256_cvtph_ps(load_vector<__m128i>(from + 8))};
 #else
-  f32x16 out;
-  for (int i = 0; i < 16; ++i) out[i] = to_float(from[i]);
-  return out;
+  float floats[16];
+  for (int i = 0; i < 16; ++i) floats[i] = to_float(from[i]);
+  return load_vector<f32x16>(floats);
 #endif
 }
 
 inline void store_halves(f32x16 value, c10::Half* to) {
 #if defined(__AVX512F__)
   store_vector(to, _mm512_cvtps_ph((__m512)value, _MM_FROUND_TO_NEAREST_INT));
-#elif defined(__F16C__)
-  const float* from = reinterpret_cast<const float*>(&value);
-  store_vector(to, _mm256_cvtps_ph(load_vector<__m256>(from), _MM_FROUND_TO_NEAREST_INT));
-  store_vector(to + 8, _mm256_cvtps_ph(load_vector<__m256>(from + 8), _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__AVX2__) && defined(__F16C__)
+  store_vector(to, _mm256_cvtps_ph((__m256)value.low, _MM_FROUND_TO_NEAREST_INT));
+  store_vector(to + 8, _mm256_cvtps_ph((__m256)value.high, _MM_FROUND_TO_NEAREST_INT));
 #else
-  for (int i = 0; i < 16; ++i) to[i] = static_cast<c10::Half>(value[i]);
+  float floats[16];
+  store_vector(floats, value);
+  for (int i = 0; i < 16; ++i) to[i] = static_cast<c10::Half>(floats[i]);
 #endif
 }
 
@@ -110,9 +99,9 @@ inline u16x16 bfloat16_of(f32x16 value) {
 #ifdef __AVX512BF16__
   return (u16x16)_mm512_cvtneps_pbh((__m512)value);
 #else
-  u32x16 bits = load_vector<u32x16>(&value);
-  u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  return narrow(value == value ? rounded : u32x16{} + 0x7fc0u);
+  const u32x16 bits = bits_as<u32x16>(value);
+  const u32x16 rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  return narrow(select(value == value, rounded, u32x16{} + 0x7fc0u));
 #endif
 }
 
@@ -120,8 +109,7 @@ inline u16x16 bfloat16_of(f32x16 value) {
 template <typename T>
 inline f32x16 rounded(f32x16 value) {
   if constexpr (std::is_same_v<T, c10::BFloat16>) {
-    const u32x16 bits = widen(bfloat16_of(value)) << 16;
-    return load_vector<f32x16>(&bits);
+    return bits_as<f32x16>(widen(bfloat16_of(value)) << 16);
   } else if constexpr (std::is_same_v<T, c10::Half>) {
     c10::Half halves[16];
     store_halves(value, halves);
@@ -172,9 +160,8 @@ inline f32x16 scale_by_power(f32x16 p, f32x16 n) {
 #ifdef __AVX512F__
   return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
-  i32x16 bits = (__builtin_convertvector(n, i32x16) + 127) << 23;
-  f32x16 power = load_vector<f32x16>(&bits);
-  return n < -126.0f ? f32x16{} : p * power;
+  const f32x16 power = bits_as<f32x16>((numbers_as<i32x16>(n) + 127) << 23);
+  return select(n < -126.0f, f32x16{}, p * power);
 #endif
 }
 
@@ -183,13 +170,13 @@ inline f32x16 round_nonpositive(f32x16 x) {
 #ifdef __AVX512F__
   return (f32x16)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT);
 #else
-  return __builtin_convertvector(__builtin_convertvector(x - 0.5f, i32x16), f32x16);  // the inner one truncates
+  return numbers_as<f32x16>(numbers_as<i32x16>(x - 0.5f));  // the inner one truncates
 #endif
 }
 
 // e^x for x <= 0, within 2 ulp: Cephes' polynomial (Moshier, expf), as most vector libraries have it. 0 from -120 on.
 inline f32x16 exp_nonpositive(f32x16 x) {
-  x = x < -120.0f ? splat(-120.0f) : x;  // a NaN stays one
+  x = select(x < -120.0f, splat(-120.0f), x);  // a NaN stays one
   f32x16 n = round_nonpositive(x * 1.44269504088896341f);
   f32x16 r = x - n * 0.693359375f + n * 2.12194440e-4f;
   f32x16 p = splat(1.9875691500e-4f);
@@ -207,7 +194,7 @@ inline f32x16 at_least(float least, f32x16 x) {
 #ifdef __AVX512F__
   return (f32x16)_mm512_max_ps((__m512)splat(least), (__m512)x);
 #else
-  return x < least ? splat(least) : x;
+  return select(x < least, splat(least), x);
 #endif
 }
 
@@ -232,25 +219,36 @@ inline f32x16 exp_nonpositive_as(f32x16 x) {
   }
 }
 
-inline f32x16 negative_magnitude(f32x16 x) { return (f32x16)((u32x16)x | 0x80000000u); }
+inline f32x16 negative_magnitude(f32x16 x) { return bits_as<f32x16>(bits_as<u32x16>(x) | 0x80000000u); }
 
-inline float sum(f32x16 v) {
+// Of all elements; without AVX-512 halves first, then one after the other.
+template <typename V>
+inline float sum(V v) {
 #ifdef __AVX512F__
   return _mm512_reduce_add_ps((__m512)v);
 #else
-  float s = 0;
-  for (int i = 0; i < 16; ++i) s += v[i];
-  return s;
+  if constexpr (kIsPair<V>) {
+    return sum(v.low + v.high);
+  } else {
+    float s = v[0];
+    for (int i = 1; i < kElementsOf<V>; ++i) s += v[i];
+    return s;
+  }
 #endif
 }
 
-inline float max(f32x16 v) {
+template <typename V>
+inline float max(V v) {
 #ifdef __AVX512F__
   return _mm512_reduce_max_ps((__m512)v);
 #else
-  float m = v[0];
-  for (int i = 1; i < 16; ++i) m = v[i] > m ? v[i] : m;
-  return m;
+  if constexpr (kIsPair<V>) {
+    return max(select(v.high > v.low, v.high, v.low));
+  } else {
+    float m = v[0];
+    for (int i = 1; i < kElementsOf<V>; ++i) m = v[i] > m ? v[i] : m;
+    return m;
+  }
 #endif
 }
 

@@ -94,7 +94,7 @@ struct SumsOf<int8_t, T> {
   }
   f32x16 operator()(int r, int half) const {
     const i32x16 exact = sums[2 * r + half] - (shifts[half] << 7);  // x was 128 too large
-    return __builtin_convertvector(exact, f32x16) * (scales[half] * x_scales[r]);
+    return numbers_as<f32x16>(exact) * (scales[half] * x_scales[r]);
   }
 };
 
@@ -211,23 +211,38 @@ __attribute__((always_inline)) inline void fetch_ends(const LinearCall<W, T>& c,
 template <int R, int Reads, typename W, typename T>
 void panel_rows(const LinearCall<W, T>& c, const Range<Reads>& range, int64_t row, typename Format<W>::Acc* carry) {
   using Acc = typename Format<W>::Acc;
-  using Lane = typename Format<W>::Lane;
-  constexpr int lanes = Format<W>::lanes;
+  constexpr int lanes = Format<W>::lanes, J = kPanelVectors<R>;
   constexpr int64_t chunk_units = kChunk / lanes;
   const int64_t from = range.from, to = range.to;
-  Acc acc[R][2];
-  // Unrolled, or the sums would live in memory.
-#pragma GCC unroll 24
-  for (int i = 0; i < 2 * R; ++i) acc[i / 2][i % 2] = from ? load_vector<Acc>(carry + i) : Acc{};
   if (to == c.units) fetch_ends(c, range.panel, row, R);
   const char* w = weights_at(c, range.panel, from);
   Ahead<Reads> ahead = range.ahead;
-  for (int64_t u = from; u < to; u += chunk_units, w += chunk_units * kUnitBytes<W>) {
-    const Lane* x = c.x + (u / chunk_units * c.M + row) * kChunkStride + u % chunk_units * lanes;
-    panel_product<R>(reinterpret_cast<const W*>(w), x, std::min(chunk_units, to - u), ahead, acc);
-  }
+  // Adds the products of some units within a chunk to the sums of J vectors.
+  auto add = [&](int64_t u, int first, auto& ahead, Acc (&acc)[R][J]) {
+    const typename Format<W>::Lane* x = c.x + (u / chunk_units * c.M + row) * kChunkStride + u % chunk_units * lanes;
+    const char* at = w + (u - from) * kUnitBytes<W>;
+    panel_product(reinterpret_cast<const W*>(at), first, x, std::min(chunk_units, to - u), ahead, acc);
+  };
+  if constexpr (J == 2) {
+    Acc acc[R][2];
+    // Unrolled, or the sums would live in memory.
 #pragma GCC unroll 24
-  for (int i = 0; i < 2 * R; ++i) store_vector(carry + i, acc[i / 2][i % 2]);
+    for (int i = 0; i < 2 * R; ++i) acc[i / 2][i % 2] = from ? load_vector<Acc>(carry + i) : Acc{};
+    for (int64_t u = from; u < to; u += chunk_units) add(u, 0, ahead, acc);
+#pragma GCC unroll 24
+    for (int i = 0; i < 2 * R; ++i) store_vector(carry + i, acc[i / 2][i % 2]);
+  } else {
+    for (int64_t u = from; u == from || u < to; u += chunk_units)
+      for (int half = 0; half < 2; ++half) {
+        Acc acc[R][1];
+#pragma GCC unroll 24
+        for (int r = 0; r < R; ++r) acc[r][0] = u ? load_vector<Acc>(carry + 2 * r + half) : Acc{};
+        NothingAhead nothing;
+        if (u < to) half == 0 ? add(u, half, ahead, acc) : add(u, half, nothing, acc);
+#pragma GCC unroll 24
+        for (int r = 0; r < R; ++r) store_vector(carry + 2 * r + half, acc[r][0]);
+      }
+  }
   if (to == c.units) finish_rows(c, range.panel, row, R, carry);
 }
 
@@ -386,26 +401,24 @@ float row_scale(const T* x, int64_t K) {
   f32x16 largest{};
   i32x16 wrong{};
   for_sixteens(K, [&](int64_t k, int64_t live) {
-    const f32x16 v = floats_of(x + k, live), magnitude = v < 0.0f ? -v : v;
+    const f32x16 v = floats_of(x + k, live), magnitude = select(v < 0.0f, -v, v);
     wrong |= ~(magnitude <= std::numeric_limits<float>::max());
-    largest = magnitude > largest ? magnitude : largest;
+    largest = select(magnitude > largest, magnitude, largest);
   });
-  bool finite = true;
-  for (int i = 0; i < 16; ++i) finite = finite && wrong[i] == 0;
-  return finite ? max(largest) / 127.0f : std::numeric_limits<float>::quiet_NaN();
+  return any(wrong) ? std::numeric_limits<float>::quiet_NaN() : max(largest) / 127.0f;
 }
 
 // Rounds half to even by adding 1.5 * 2^23, whose last bits then hold the integer. Divides, and does not multiply by the
 // inverse: numbers of few bits lie between two integers often, and must go where the reference sends them.
 template <typename T>
 void quantize_row(const T* x, int64_t K, int64_t units, float scale, uint32_t* out, int64_t distance) {
-  using bytes = uint8_t __attribute__((vector_size(16)));
+  using bytes = Vector<uint8_t, 16>;
   static_assert(kChunk % 4 == 0);  // units of a vector
   for (int64_t u = 0; u < units; u += kChunk, out += distance)
     for_sixteens(4 * std::min(kChunk, units - u), [&](int64_t i, int64_t live) {
       const f32x16 v = floats_of(x + 4 * u + i, std::clamp<int64_t>(K - 4 * u - i, 0, live));
       const f32x16 shifted = v / scale + 12582912.0f;
-      const bytes all = __builtin_convertvector(load_vector<i32x16>(&shifted) + 128, bytes);
+      const bytes all = numbers_as<bytes>(bits_as<u32x16>(shifted) + 128u);
       std::memcpy(reinterpret_cast<char*>(out) + i, &all, live);
     });
 }

@@ -19,11 +19,6 @@ namespace multibatch {
 
 constexpr int64_t kSpan = 256;
 constexpr int64_t kTileRows = 72;  // (query token, query head) pairs that share one read of a block
-#ifdef __AVX512F__
-constexpr int kMostRows = 12;  // computed at once: their sums, two vectors each, are 24 of 32 registers
-#else
-constexpr int kMostRows = 8;
-#endif
 constexpr int64_t kFewRows = 8;    // up to so many take blocks as they are; for more a layout as lanes pays
 
 struct AttentionShape {
@@ -144,8 +139,8 @@ __attribute__((always_inline)) inline void add_products(const Lane* a, int64_t a
   }
 }
 
-// Calls fn.template operator()<R>(first row) over all rows, kMostRows at a time as long as there are so many.
-template <int R = kMostRows, typename F>
+// Calls fn.template operator()<R>(first row) over all rows, kRowsAtOnce at a time as long as there are so many.
+template <int R = kRowsAtOnce, typename F>
 inline void for_rows(int64_t rows, const F& fn, int64_t first = 0) {
   if constexpr (R > 0) {
     for (; first + R <= rows; first += R) fn.template operator()<R>(first);
@@ -153,11 +148,12 @@ inline void for_rows(int64_t rows, const F& fn, int64_t first = 0) {
   }
 }
 
-// Calls fn.template operator()<J>(first element) over `width` elements, a multiple of 16, 32 at a time.
+// Calls fn.template operator()<J>(first element) over `width` elements, a multiple of 16, as many as are taken at once.
 template <typename F>
 inline void for_vectors(int64_t width, const F& fn) {
+  constexpr int64_t most = 16 * kVectorsAtOnce;
   int64_t j = 0;
-  for (; j + 32 <= width; j += 32) fn.template operator()<2>(j);
+  for (; j + most <= width; j += most) fn.template operator()<kVectorsAtOnce>(j);
   if (j < width) fn.template operator()<1>(j);
 }
 
@@ -199,17 +195,17 @@ inline void apply_softcap(float* scores, int64_t n, float softcap) {
 template <typename T>
 inline void softmax_row(float* scores, int64_t n, int64_t start, int64_t first, int64_t last, Partial state, int64_t r) {
   const float lowest = -std::numeric_limits<float>::infinity();
-  const i32x16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const i32x16 lane = places<i32x16>();
   f32x16 most = splat(lowest);
   for (int64_t j = 0; j < n; j += 16) {
     f32x16 score = load_vector<f32x16>(scores + j);
     const int64_t position = start + j;
     if (position < first || position + 15 > last) {
       i32x16 hidden = (lane < static_cast<int32_t>(first - position)) | (lane > static_cast<int32_t>(last - position));
-      score = hidden ? splat(lowest) : score;
+      score = select(hidden, splat(lowest), score);
       store_vector(scores + j, score);
     }
-    most = score > most ? score : most;
+    most = select(score > most, score, most);
   }
   const float top = max(most);
   if (top == lowest) {

@@ -6,18 +6,17 @@
 #include <type_traits>
 
 #include "numeric.h"
-#if defined(__AVX512BF16__) || defined(__AVX512VNNI__)
-#include <immintrin.h>
-#endif
 
 namespace multibatch {
 
 constexpr int kPanel = 32;
+constexpr int kMaxRows = kRowsAtOnce;
+// Vectors of a panel whose sums, for so many rows, are made at once: both, or one after the other where registers hold no more.
+template <int R>
+constexpr int kPanelVectors = R * 2 <= kRowsAtOnce * kVectorsAtOnce ? 2 : 1;
 #if defined(__AVX512F__)
-constexpr int kMaxRows = 12;  // 24 accumulators of 32 registers
 constexpr int kPrefetchBytes = 6144;
 #else
-constexpr int kMaxRows = 4;
 constexpr int kPrefetchBytes = 1024;
 #endif
 
@@ -100,59 +99,70 @@ struct Ahead {
   }
 };
 
+struct NothingAhead {
+  void fetch() {}
+};
+
 constexpr int64_t kChunk = 256;
 constexpr int64_t kChunkStride = kChunk + 16;  // rows do not fall on the same cache sets
 
-template <int R>
-inline void fma_rows(f32x16 (&acc)[R][2], const float* x, f32x16 w0, f32x16 w1) {
+template <int R, int J>
+MULTIBATCH_INLINE void fma_rows(f32x16 (&acc)[R][J], const float* x, const f32x16 (&w)[J]) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     f32x16 s = splat(x[r * kChunkStride]);
-    acc[r][0] += s * w0;
-    acc[r][1] += s * w1;
+    for (int j = 0; j < J; ++j) acc[r][j] += s * w[j];
   }
 }
 
-// panel_product: acc[R][32] += x[R, units] . w[units, 32], within one chunk.
+// panel_product: acc[R][16 J] += x[R, units] . w[units, 16 J], within one chunk, of a panel's vectors from `first` on.
 
-template <int R, int Reads>
-inline void panel_product(const float* w, const float* x, int64_t units, Ahead<Reads>& ahead, f32x16 (&acc)[R][2]) {
+template <int R, int J, typename A>
+inline void panel_product(const float* w, int first, const float* x, int64_t units, A& ahead, f32x16 (&acc)[R][J]) {
   for (int64_t i = 0; i < units; ++i, w += kPanel, ++x) {
     ahead.fetch();
-    fma_rows<R>(acc, x, load_vector<f32x16>(w), load_vector<f32x16>(w + 16));
+    f32x16 v[J];
+    for (int j = 0; j < J; ++j) v[j] = load_vector<f32x16>(w + 16 * (first + j));
+    fma_rows(acc, x, v);
   }
 }
 
-template <int R, int Reads>
-inline void panel_product(const c10::Half* w, const float* x, int64_t units, Ahead<Reads>& ahead, f32x16 (&acc)[R][2]) {
+template <int R, int J, typename A>
+inline void panel_product(const c10::Half* w, int first, const float* x, int64_t units, A& ahead, f32x16 (&acc)[R][J]) {
   for (int64_t i = 0; i < units; ++i, w += kPanel, ++x) {
     ahead.fetch();
-    fma_rows<R>(acc, x, floats_of(w), floats_of(w + 16));
+    f32x16 v[J];
+    for (int j = 0; j < J; ++j) v[j] = floats_of(w + 16 * (first + j));
+    fma_rows(acc, x, v);
   }
 }
 
-template <int R, int Reads>
-inline void panel_product(const c10::BFloat16* w, const float* x, int64_t units, Ahead<Reads>& ahead, f32x16 (&acc)[R][2]) {
+template <int R, int J, typename A>
+inline void panel_product(const c10::BFloat16* w, int first, const float* x, int64_t units, A& ahead, f32x16 (&acc)[R][J]) {
   for (int64_t i = 0; i < units; ++i, w += 2 * kPanel, x += 2) {
     ahead.fetch();
-    u32x16 p0 = load_vector<u32x16>(w), p1 = load_vector<u32x16>(w + kPanel);
-    u32x16 even0 = p0 << 16, even1 = p1 << 16, odd0 = p0 & 0xffff0000u, odd1 = p1 & 0xffff0000u;
-    fma_rows<R>(acc, x, load_vector<f32x16>(&even0), load_vector<f32x16>(&even1));
-    fma_rows<R>(acc, x + 1, load_vector<f32x16>(&odd0), load_vector<f32x16>(&odd1));
+    f32x16 even[J], odd[J];
+    for (int j = 0; j < J; ++j) {
+      const u32x16 pairs = load_vector<u32x16>(w + 32 * (first + j));
+      even[j] = bits_as<f32x16>(pairs << 16);
+      odd[j] = bits_as<f32x16>(pairs & 0xffff0000u);
+    }
+    fma_rows(acc, x, even);
+    fma_rows(acc, x + 1, odd);
   }
 }
 
 #ifdef __AVX512BF16__
-template <int R, int Reads>
-inline void panel_product(const c10::BFloat16* w, const uint32_t* x, int64_t units, Ahead<Reads>& ahead, f32x16 (&acc)[R][2]) {
+template <int R, int J, typename A>
+inline void panel_product(const c10::BFloat16* w, int first, const uint32_t* x, int64_t units, A& ahead, f32x16 (&acc)[R][J]) {
   for (int64_t i = 0; i < units; ++i, w += 2 * kPanel, ++x) {
     ahead.fetch();
-    __m512bh w0 = load_vector<__m512bh>(w), w1 = load_vector<__m512bh>(w + kPanel);
+    __m512bh v[J];
+    for (int j = 0; j < J; ++j) v[j] = load_vector<__m512bh>(w + 32 * (first + j));
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       __m512bh s = (__m512bh)_mm512_set1_epi32(static_cast<int>(x[r * kChunkStride]));
-      acc[r][0] = (f32x16)_mm512_dpbf16_ps((__m512)acc[r][0], s, w0);
-      acc[r][1] = (f32x16)_mm512_dpbf16_ps((__m512)acc[r][1], s, w1);
+      for (int j = 0; j < J; ++j) acc[r][j] = (f32x16)_mm512_dpbf16_ps((__m512)acc[r][j], s, v[j]);
     }
   }
 }
@@ -162,52 +172,95 @@ inline void panel_product(const c10::BFloat16* w, const uint32_t* x, int64_t uni
 inline i32x16 dot_bytes(i32x16 acc, uint32_t x, i32x16 w) {
 #ifdef __AVX512VNNI__
   return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(static_cast<int>(x)), (__m512i)w);
+#elif defined(__AVX2__)
+  // The low bytes of each sixteen bits, and the high ones: one instruction multiplies pairs of them and adds the two.
+  auto add = [x](auto sums, auto w) {
+    const __m256i low = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)w, 8), 8), high = _mm256_srai_epi16((__m256i)w, 8);
+    const __m256i all = _mm256_set1_epi32(static_cast<int>(x));
+    const __m256i x_low = _mm256_and_si256(all, _mm256_set1_epi32(0x00ff00ff)), x_high = _mm256_srli_epi16(all, 8);
+    const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(x_low, low), _mm256_madd_epi16(x_high, high));
+    return sums + (decltype(sums))both;
+  };
+  return {add(acc.low, w.low), add(acc.high, w.high)};
 #else
   for (int q = 0; q < 4; ++q) acc += ((w << (24 - 8 * q)) >> 24) * static_cast<int32_t>((x >> (8 * q)) & 0xffu);
   return acc;
 #endif
 }
 
-template <int R, int Reads>
-inline void panel_product(const int8_t* w, const uint32_t* x, int64_t units, Ahead<Reads>& ahead, i32x16 (&acc)[R][2]) {
+template <int R, int J, typename A>
+inline void panel_product(const int8_t* w, int first, const uint32_t* x, int64_t units, A& ahead, i32x16 (&acc)[R][J]) {
   for (int64_t i = 0; i < units; ++i, w += 4 * kPanel, ++x) {
     ahead.fetch();
-    i32x16 w0 = load_vector<i32x16>(w), w1 = load_vector<i32x16>(w + 2 * kPanel);
+    i32x16 v[J];
+    for (int j = 0; j < J; ++j) v[j] = load_vector<i32x16>(w + 64 * (first + j));
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      acc[r][0] = dot_bytes(acc[r][0], x[r * kChunkStride], w0);
-      acc[r][1] = dot_bytes(acc[r][1], x[r * kChunkStride], w1);
-    }
+    for (int r = 0; r < R; ++r)
+      for (int j = 0; j < J; ++j) acc[r][j] = dot_bytes(acc[r][j], x[r * kChunkStride], v[j]);
   }
 }
 
-template <int R, int Reads>
-inline void panel_product(const Nibbles* w, const uint32_t* x, int64_t units, Ahead<Reads>& ahead, f32x16 (&acc)[R][2]) {
-  // Each half of a byte is taken as the byte of 16 times its value.
-  const i32x16 high = (i32x16)(u32x16{} + 0xf0f0f0f0u);
+// Weights of four bits as bytes, from the low or the high halves; the sum over four of them in each lane, as dot_bytes makes it; and
+// 16 times the sum of a group of inputs.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+using u8x64 = Vector<uint8_t, 64>;
+
+inline i32x16 signed_nibbles(u8x64 nibbles) { return bits_as<i32x16>((nibbles ^ 8) - 8); }
+inline i32x16 low_nibbles(i32x16 both) { return signed_nibbles(bits_as<u8x64>(both) & 15); }
+inline i32x16 high_nibbles(i32x16 both) { return signed_nibbles(bits_as<u8x64>(both) >> 4); }
+
+// Two sums of sixteen bits in each lane: those of a group are 16 products of up to 255 * 8.
+inline i32x16 dot_nibbles(i32x16 acc, uint32_t x, i32x16 w) {
+  auto add = [x](auto sums, auto w) {
+    const __m256i products = _mm256_maddubs_epi16(_mm256_set1_epi32(static_cast<int>(x)), (__m256i)w);
+    return (decltype(sums))_mm256_add_epi16((__m256i)sums, products);
+  };
+  return {add(acc.low, w.low), add(acc.high, w.high)};
+}
+
+inline f32x16 nibble_sums(i32x16 sums) {
+  return numbers_as<f32x16>((((sums << 16) >> 16) + (sums >> 16)) << 4);
+}
+#else
+// As bytes 16 times too large, which the halves of bytes already are.
+inline i32x16 low_nibbles(i32x16 both) { return (both << 4) & bits_as<i32x16>(u32x16{} + 0xf0f0f0f0u); }
+inline i32x16 high_nibbles(i32x16 both) { return both & bits_as<i32x16>(u32x16{} + 0xf0f0f0f0u); }
+inline i32x16 dot_nibbles(i32x16 acc, uint32_t x, i32x16 w) { return dot_bytes(acc, x, w); }
+inline f32x16 nibble_sums(i32x16 sums) { return numbers_as<f32x16>(sums); }
+#endif
+
+// sums[R][16 J] += x[R, 8 inputs] . w[8 inputs, 16 J] of a group of inputs.
+template <int R, int J>
+MULTIBATCH_INLINE void dot_rows(const uint8_t* w, const uint32_t* x, i32x16 (&sums)[R][J]) {
+  i32x16 low[J], high[J];
+  for (int j = 0; j < J; ++j) {
+    const i32x16 both = load_vector<i32x16>(w + 64 * j);
+    low[j] = low_nibbles(both), high[j] = high_nibbles(both);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < J; ++j)
+      sums[r][j] = dot_nibbles(dot_nibbles(sums[r][j], x[r * kChunkStride], low[j]), x[r * kChunkStride + 1], high[j]);
+}
+
+template <int R, int J, typename A>
+inline void panel_product(const Nibbles* w, int first, const uint32_t* x, int64_t units, A& ahead, f32x16 (&acc)[R][J]) {
+  const uint8_t* bytes = &w->both;
   for (int64_t u = 0; u < units; ++u) {
     ahead.fetch();
-    for (int group = 0; group < 2; ++group, w += Nibbles::group_bytes, x += Nibbles::group / 4) {
-      i32x16 sums[R][2] = {};
+    for (int group = 0; group < 2; ++group, bytes += Nibbles::group_bytes, x += Nibbles::group / 4) {
+      i32x16 sums[R][J] = {};
 #pragma GCC unroll 4
       for (int p = 0; p < 4; ++p) {
         ahead.fetch();
-        const i32x16 w0 = load_vector<i32x16>(w + 4 * kPanel * p), w1 = load_vector<i32x16>(w + 4 * kPanel * p + 64);
-        const i32x16 low0 = (w0 << 4) & high, low1 = (w1 << 4) & high, high0 = w0 & high, high1 = w1 & high;
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r) {
-          const uint32_t first = x[r * kChunkStride + 2 * p], second = x[r * kChunkStride + 2 * p + 1];
-          sums[r][0] = dot_bytes(dot_bytes(sums[r][0], first, low0), second, high0);
-          sums[r][1] = dot_bytes(dot_bytes(sums[r][1], first, low1), second, high1);
-        }
+        dot_rows(bytes + 4 * kPanel * p + 64 * first, x + 2 * p, sums);
       }
-      const auto* scales = reinterpret_cast<const c10::BFloat16*>(w + 4 * kPanel * 4);
-      const f32x16 s0 = floats_of(scales), s1 = floats_of(scales + 16);
+      const auto* scales = reinterpret_cast<const c10::BFloat16*>(bytes + 4 * kPanel * 4);
+      f32x16 s[J];
+      for (int j = 0; j < J; ++j) s[j] = floats_of(scales + 16 * (first + j));
 #pragma GCC unroll 16
-      for (int r = 0; r < R; ++r) {
-        acc[r][0] += __builtin_convertvector(sums[r][0], f32x16) * s0;
-        acc[r][1] += __builtin_convertvector(sums[r][1], f32x16) * s1;
-      }
+      for (int r = 0; r < R; ++r)
+        for (int j = 0; j < J; ++j) acc[r][j] += nibble_sums(sums[r][j]) * s[j];
     }
   }
 }

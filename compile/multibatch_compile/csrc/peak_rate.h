@@ -17,17 +17,18 @@ int64_t products_until(std::chrono::steady_clock::time_point end) {
   constexpr int64_t units = kChunk / 4 / lanes;  // weights and x fill half of a cache of 32 KiB
   alignas(64) char w[units * kUnitBytes<W>] = {};
   alignas(64) Lane x[kMaxRows * kChunkStride] = {};
-  typename Format<W>::Acc acc[kMaxRows][2] = {};
+  constexpr int J = kPanelVectors<kMaxRows>;
+  typename Format<W>::Acc acc[kMaxRows][J] = {};
   int64_t products = 0;
   do {
     for (int i = 0; i < 64; ++i) {
       Ahead<kReadAgain> ahead{w, w + 64, 0, 0};
-      panel_product<kMaxRows>(reinterpret_cast<const W*>(w), x, units, ahead, acc);
-      products += kMaxRows * kPanel * unit * units;
+      panel_product(reinterpret_cast<const W*>(w), 0, x, units, ahead, acc);
+      products += kMaxRows * J * 16 * unit * units;
     }
   } while (std::chrono::steady_clock::now() < end);
   // The sums are zeros; to say so keeps the compiler from leaving them out.
-  for (auto& row : acc) products += static_cast<int64_t>(row[0][0] + row[1][0]);
+  for (auto& row : acc) products += static_cast<int64_t>(row[0][0] + row[J - 1][0]);
   return products;
 }
 

@@ -13,8 +13,7 @@
 
 namespace multibatch {
 
-using f32x8 = float __attribute__((vector_size(32)));
-using i64x8 = int64_t __attribute__((vector_size(64)));
+using i64x8 = Vector<int64_t, 8>;
 
 constexpr int64_t kTokenChunk = 128;  // logits per maximum
 constexpr int64_t kNucleusHead = 128;  // likeliest tokens that top_p tries first
@@ -36,21 +35,12 @@ struct WeightOf {
   // Calls fn(first, weights of 8 neighbours) over n logits; weights behind the last are 0.
   template <typename T, typename F>
   void for_eights(const T* logits, int64_t n, const F& fn) const {
-    alignas(64) float last[16];
     for (int64_t i = 0; i < n; i += 16) {
-      f32x16 x;
-      if (i + 16 <= n) {
-        x = floats_of(logits + i);
-      } else {
-        std::fill(last, last + 16, -std::numeric_limits<float>::infinity());
-        convert(logits + i, last, n - i);
-        x = load_vector<f32x16>(last);
-      }
-      const f32x16 weights = exp_nonpositive(x / temperature - peak) * scale;
-      for (int half = 0; half < 2; ++half) {
-        const f32x8 eight = load_vector<f32x8>(reinterpret_cast<const float*>(&weights) + 8 * half);
-        fn(i + 8 * half, __builtin_convertvector(eight, i64x8));
-      }
+      f32x16 x = floats_of(logits + i, n - i);
+      if (n - i < 16) x = select(places<i32x16>() < static_cast<int32_t>(n - i), x, splat(-std::numeric_limits<float>::infinity()));
+      const auto weights = halves_of(exp_nonpositive(x / temperature - peak) * scale);
+      fn(i, numbers_as<i64x8>(weights.low));
+      fn(i + 8, numbers_as<i64x8>(weights.high));
     }
   }
 
