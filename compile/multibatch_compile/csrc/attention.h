@@ -80,18 +80,26 @@ struct NewTokens {
     for (int64_t d = 0; d < s.value_dim; ++d) v_to[d] = v_from[d * value.stride(3)];
   }
 
-  // All that no row writes itself: of chunks, which are read by many tiles, and padding.
+  // All that no row writes itself: of chunks, which are read by many tiles, and padding. Neighbours that go to one block are one
+  // tile: there a line of keys holds many positions, and threads that each had some of them would wait for each other.
   void write_others() const {
-    std::vector<int64_t> tokens;
+    std::vector<int64_t> tokens, firsts;
+    auto block_of = [this](int64_t token) { return call.slots[token] / call.shape.block_size; };
+    auto add = [&](int64_t token) {
+      if (tokens.empty() || block_of(token) != block_of(tokens.back())) firsts.push_back(tokens.size());
+      tokens.push_back(token);
+    };
     int64_t next = 0;
     for (int64_t r = 0; r < call.num_rows; ++r) {
       if (!call.writes_itself(r)) continue;
-      for (; next < call.starts[r]; ++next) tokens.push_back(next);
+      for (; next < call.starts[r]; ++next) add(next);
       next = call.starts[r + 1];
     }
-    for (; next < call.num_tokens; ++next) tokens.push_back(next);
-    run_tiles(tokens.size() >= 4, tokens.size(), [&](int64_t i) {
-      for (int64_t h = 0; h < call.shape.num_kv_heads; ++h) write(tokens[i], h);
+    for (; next < call.num_tokens; ++next) add(next);
+    const int64_t num_tokens = tokens.size(), heads = call.shape.num_kv_heads, blocks = firsts.size();
+    firsts.push_back(num_tokens);
+    run_tiles(num_tokens >= 4, blocks * heads, [&](int64_t tile) {
+      for (int64_t i = firsts[tile / heads]; i < firsts[tile / heads + 1]; ++i) write(tokens[i], tile % heads);
     });
   }
 };

@@ -97,16 +97,18 @@ at::Tensor draw_tokens(const at::Tensor& logits, const at::Tensor& temperature, 
   return out;
 }
 
-// Rows of a packed weight as floats: [ids, embedding_dim] of out's dtype.
+// Rows of a packed weight as floats: [ids, embedding_dim] of out's dtype. Each number of some lies in a line of its own, so that
+// many rows are work for all threads.
 template <typename W, typename T>
 void embed(const int64_t* ids, int64_t num_ids, const W* packed, const float* scales, int64_t num_embeddings, int64_t K,
            T* out) {
   constexpr int unit = Format<W>::unit;
   const int64_t depth = units_of<W>(K) * unit;
-  for (int64_t i = 0; i < num_ids; ++i) {
-    const int64_t id = ids[i];
-    TORCH_CHECK(id >= 0 && id < num_embeddings, "packed_embedding: token id ", id, " is outside the vocabulary of ",
+  for (int64_t i = 0; i < num_ids; ++i)
+    TORCH_CHECK(ids[i] >= 0 && ids[i] < num_embeddings, "packed_embedding: token id ", ids[i], " is outside the vocabulary of ",
                 num_embeddings);
+  run_tiles(num_ids >= 4, num_ids, [=](int64_t i) {
+    const int64_t id = ids[i];
     const W* row = packed + id / kPanel * kPanel * depth + id % kPanel * unit;
     for (int64_t k = 0; k < K; ++k) {
       const W value = row[k / unit * unit * kPanel + k % unit];
@@ -116,7 +118,7 @@ void embed(const int64_t* ids, int64_t num_ids, const W* packed, const float* sc
         out[i * K + k] = static_cast<T>(scales[id] * static_cast<float>(value));
       }
     }
-  }
+  });
 }
 
 at::Tensor packed_embedding(const at::Tensor& ids, const at::Tensor& packed, const std::optional<at::Tensor>& scales,
