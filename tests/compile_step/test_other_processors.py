@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import multibatch_compile
+from multibatch.hardware import read_cpu_info
 
 _SOURCES = Path(multibatch_compile.__file__).parent / "csrc"
 _HEADERS = Path(torch.__file__).parent / "include"
@@ -30,9 +31,17 @@ def _run(*command: str) -> None:
     assert done.returncode == 0, f"{done.returncode} wrong: {done.stdout}{done.stderr}"
 
 
-def test_the_linear_kernel_alone(tmp_path: Path) -> None:
+def _builds() -> list[str]:
+    """Values of -march that give the kernel another form each, as far as this processor has them."""
+    isa = read_cpu_info().isa
+    builds = {"haswell": "avx2", "skylake-avx512": "avx512f", "cascadelake": "avx512_vnni"}
+    return ["native", *(build for build, feature in builds.items() if feature in isa)]
+
+
+@pytest.mark.parametrize("build", _builds())
+def test_the_linear_kernel_alone(build: str, tmp_path: Path) -> None:
     program = tmp_path / "kernel"
-    _compile(os.environ.get("CXX", "g++"), Path(__file__).parent / "linear_kernel.cpp", program, "-march=native")
+    _compile(os.environ.get("CXX", "g++"), Path(__file__).parent / "linear_kernel.cpp", program, f"-march={build}")
     _run(str(program))
 
 

@@ -237,8 +237,9 @@ void panel_rows(const LinearCall<W, T>& c, const Range<Reads>& range, int64_t ro
         Acc acc[R][1];
 #pragma GCC unroll 24
         for (int r = 0; r < R; ++r) acc[r][0] = u ? load_vector<Acc>(carry + 2 * r + half) : Acc{};
-        NothingAhead nothing;
-        if (u < to) half == 0 ? add(u, half, ahead, acc) : add(u, half, nothing, acc);
+        NothingAhead nothing;  // the first pass has fetched for both
+        if (u < to && half == 0) add(u, half, ahead, acc);
+        if (u < to && half == 1) add(u, half, nothing, acc);
 #pragma GCC unroll 24
         for (int r = 0; r < R; ++r) store_vector(carry + 2 * r + half, acc[r][0]);
       }

@@ -172,9 +172,14 @@ inline void panel_product(const c10::BFloat16* w, int first, const uint32_t* x, 
 inline i32x16 dot_bytes(i32x16 acc, uint32_t x, i32x16 w) {
 #ifdef __AVX512VNNI__
   return (i32x16)_mm512_dpbusd_epi32((__m512i)acc, _mm512_set1_epi32(static_cast<int>(x)), (__m512i)w);
-#elif defined(__AVX2__)
+#elif defined(__AVX512BW__)
   // The low bytes of each sixteen bits, and the high ones: one instruction multiplies pairs of them and adds the two.
-  auto add = [x](auto sums, auto w) {
+  const __m512i low = _mm512_srai_epi16(_mm512_slli_epi16((__m512i)w, 8), 8), high = _mm512_srai_epi16((__m512i)w, 8);
+  const __m512i all = _mm512_set1_epi32(static_cast<int>(x));
+  const __m512i x_low = _mm512_and_si512(all, _mm512_set1_epi32(0x00ff00ff)), x_high = _mm512_srli_epi16(all, 8);
+  return acc + (i32x16)_mm512_add_epi32(_mm512_madd_epi16(x_low, low), _mm512_madd_epi16(x_high, high));
+#elif defined(__AVX2__) && !defined(__AVX512F__)
+  auto add = [x](auto sums, auto w) {  // as above
     const __m256i low = _mm256_srai_epi16(_mm256_slli_epi16((__m256i)w, 8), 8), high = _mm256_srai_epi16((__m256i)w, 8);
     const __m256i all = _mm256_set1_epi32(static_cast<int>(x));
     const __m256i x_low = _mm256_and_si256(all, _mm256_set1_epi32(0x00ff00ff)), x_high = _mm256_srli_epi16(all, 8);
@@ -202,7 +207,7 @@ inline void panel_product(const int8_t* w, int first, const uint32_t* x, int64_t
 
 // Weights of four bits as bytes, from the low or the high halves; the sum over four of them in each lane, as dot_bytes makes it; and
 // 16 times the sum of a group of inputs.
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if (defined(__AVX512BW__) && !defined(__AVX512VNNI__)) || (defined(__AVX2__) && !defined(__AVX512F__))
 using u8x64 = Vector<uint8_t, 64>;
 
 inline i32x16 signed_nibbles(u8x64 nibbles) { return bits_as<i32x16>((nibbles ^ 8) - 8); }
@@ -211,11 +216,15 @@ inline i32x16 high_nibbles(i32x16 both) { return signed_nibbles(bits_as<u8x64>(b
 
 // Two sums of sixteen bits in each lane: those of a group are 16 products of up to 255 * 8.
 inline i32x16 dot_nibbles(i32x16 acc, uint32_t x, i32x16 w) {
+#ifdef __AVX512BW__
+  return (i32x16)_mm512_add_epi16((__m512i)acc, _mm512_maddubs_epi16(_mm512_set1_epi32(static_cast<int>(x)), (__m512i)w));
+#else
   auto add = [x](auto sums, auto w) {
     const __m256i products = _mm256_maddubs_epi16(_mm256_set1_epi32(static_cast<int>(x)), (__m256i)w);
     return (decltype(sums))_mm256_add_epi16((__m256i)sums, products);
   };
   return {add(acc.low, w.low), add(acc.high, w.high)};
+#endif
 }
 
 inline f32x16 nibble_sums(i32x16 sums) {
