@@ -197,7 +197,7 @@ const char* weights_at(const LinearCall<W, T>& c, int64_t panel, int64_t unit) {
 // Has what finish_rows reads of a panel on its way: no cache holds it, and the weights would stand still meanwhile. Always inline:
 // a function that only fetches has no effect by GCC's reckoning (12), which drops calls of it.
 template <typename W, typename T>
-__attribute__((always_inline)) inline void fetch_ends(const LinearCall<W, T>& c, int64_t panel, int64_t row, int rows) {
+MULTIBATCH_INLINE void fetch_ends(const LinearCall<W, T>& c, int64_t panel, int64_t row, int rows) {
   const int64_t first = panel * kPanel;
   for (int64_t i = first; i < first + kPanel; i += 64 / sizeof(float)) {
     if (c.bias) __builtin_prefetch(c.bias + i);

@@ -95,7 +95,7 @@ Lines<E> from_column(Lines<E> lines, int64_t column) {
 // Fetches what lies `ahead` bytes behind J vectors that are read now. Blocks lie anywhere in the pool, so the processor does
 // not do it by itself; and asked for a whole block at once, it waits for that before it computes. Always inline: see fetch_ends.
 template <int J, typename E>
-__attribute__((always_inline)) inline void fetch_ahead(const E* vectors, int64_t ahead) {
+MULTIBATCH_INLINE void fetch_ahead(const E* vectors, int64_t ahead) {
   for (size_t byte = 0; byte < J * 16 * sizeof(E); byte += 64)
     __builtin_prefetch(reinterpret_cast<const char*>(vectors) + ahead + byte);
 }
@@ -123,7 +123,7 @@ inline auto vector_of(const E* line, const E* next) {
 // sums[R, 16 J] += a[R, lines] . b[lines, 16 J]: a vector of b is loaded once for all rows, a lane of a once for all vectors,
 // and sums of few rows do not wait for each other. Always inline: a function of its own would keep its caller's sums in memory.
 template <int R, int J, typename Lane, typename E>
-__attribute__((always_inline)) inline void add_products(const Lane* a, int64_t a_stride, Lines<E> b, f32x16 (&sums)[R][J]) {
+MULTIBATCH_INLINE void add_products(const Lane* a, int64_t a_stride, Lines<E> b, f32x16 (&sums)[R][J]) {
   constexpr int64_t step = std::is_same_v<E, Lane> ? 1 : kElements<Lane>;  // lines
   static const E zeros[16 * J] = {};
   for (int64_t l = 0; l < b.count; l += step, ++a, b.data += step * b.stride) {

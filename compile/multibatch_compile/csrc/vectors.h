@@ -4,7 +4,6 @@
 // which made a product 6 to 80 times slower.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
