@@ -1,14 +1,14 @@
 """One program for any size against programs for fixed sizes, call by call and in turn.
 
-Usage: python benchmarks/any_size.py FIXED ANY, two artifacts of one model: FIXED with --decoder-batch-sizes and
+usage: python -m benchmarks.any_size FIXED ANY, two artifacts of one model: FIXED with --decoder-batch-sizes and
 --prefill-chunk-sizes, ANY with neither.
 """
 
 from __future__ import annotations
 
+import argparse
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 
@@ -32,7 +32,11 @@ REPEATS = 15
 
 def main() -> None:
     """Prints a line per call shape."""
-    fixed, free = (Artifact.open(path) for path in sys.argv[1:3])
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("fixed", metavar="FIXED")
+    parser.add_argument("any", metavar="ANY")
+    arguments = parser.parse_args()
+    fixed, free = Artifact.open(arguments.fixed), Artifact.open(arguments.any)
     manifest = fixed.manifest
     programs = load_programs(fixed), load_programs(free)
     each = blocks_for(CONTEXT, manifest.kv.block_size)
