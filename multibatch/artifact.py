@@ -16,7 +16,7 @@ from typing import Literal
 
 from multibatch.atomic_folder import files_below, leftovers
 from multibatch.cost_table import CostTable
-from multibatch.errors import ArtifactCorruptError, ConfigError, IncompatibleError
+from multibatch.errors import ArtifactCorruptError, ArtifactError, ConfigError, IncompatibleError
 from multibatch.hardware import missing_isa
 from multibatch.manifest import MANIFEST_HASH_NAME, MANIFEST_NAME, FileRecord, Manifest
 
@@ -41,6 +41,7 @@ class Artifact:
 
         Raises:
             ArtifactCorruptError: something is missing, truncated, changed or too many.
+            ArtifactError: a file is there, but not for this user to read.
             IncompatibleError: the manifest has another schema version.
         """
         if verify not in ("sizes", "hashes", "none"):
@@ -78,6 +79,9 @@ class Artifact:
             size = file.stat().st_size
             if size != record.bytes:
                 raise _corrupt(file, f"{record.bytes} bytes", f"{size} bytes")
+            if not os.access(file, os.R_OK):
+                found = f"one of mode {file.stat().st_mode & 0o777:o} that this user may not read"
+                raise ArtifactError(f"{file}: expected a file to read, found {found}; as its owner: chmod a+r {file}")
             if hashes and (found := sha256_file(file)) != record.sha256:
                 raise _corrupt(file, f"sha256 {record.sha256}", f"sha256 {found}")
         if hashes and (extra := self.unknown_files()):

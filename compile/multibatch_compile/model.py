@@ -213,11 +213,14 @@ def write_weights(model: nn.Module, config_dir: Path, path: Path, dtype: str, pa
 
 def _save_aligned(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
     """Saves so that the data begins at a multiple of 64 bytes, a cache line: vector loads across two cost twice."""
+    path.touch()
+    mode = path.stat().st_mode  # what every file here gets; safetensors lets only the owner read what it writes
     save_file(tensors, path, metadata={**metadata, "padding": ""})
     with path.open("rb") as file:
         start = 8 + int.from_bytes(file.read(8), "little")
     if start % 64:
         save_file(tensors, path, metadata={**metadata, "padding": " " * (-start % 64)})
+    path.chmod(mode)
 
 
 def named_tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:

@@ -24,3 +24,12 @@ def test_serving_loads_neither_the_compile_step_nor_transformers(demo_artifact: 
     assert done.returncode == 0, done.stderr
     loaded = set(json.loads(done.stdout.splitlines()[-1])["modules"])
     assert not loaded & {"transformers", "multibatch_compile", "rich", "click"}
+
+
+def test_who_may_read_other_files_may_read_all_of_an_artifact(demo_artifact: Path, tmp_path: Path) -> None:
+    """Compiled by one user, served by another: of the weights' writer, safetensors, nobody else could read them."""
+    other = tmp_path / "other"
+    other.touch()
+    readers = {file.name: file.stat().st_mode & 0o444 for file in demo_artifact.rglob("*") if file.is_file()}
+    assert "weights.safetensors" in readers
+    assert set(readers.values()) == {other.stat().st_mode & 0o444}

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from multibatch.artifact import Artifact, check_host, recompile_command, sha256_file
-from multibatch.errors import ArtifactCorruptError, ConfigError, IncompatibleError
+from multibatch.errors import ArtifactCorruptError, ArtifactError, ConfigError, IncompatibleError
 from multibatch.manifest import SCHEMA_VERSION, Manifest, OperatorLibrary
 from tests.runtime.small_artifact import GOLDEN, build
 
@@ -65,6 +65,15 @@ def test_a_truncated_file_is_named_without_reading_it(built: Path, name: str) ->
 def test_a_missing_file_is_named(built: Path, name: str) -> None:
     (built / name).unlink()
     with pytest.raises(ArtifactCorruptError, match=f"{name}.*(no such|No such)"):
+        Artifact.open(built)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_file_for_other_eyes_is_named(built: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    (built / name).chmod(0o600)
+    # What another user sees; nothing is hidden from root, as which tests may run.
+    monkeypatch.setattr(os, "access", lambda path, _mode: Path(path) != built / name)
+    with pytest.raises(ArtifactError, match=rf"{name}: .*mode 600.*chmod a\+r"):
         Artifact.open(built)
 
 
