@@ -8,6 +8,7 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -59,6 +60,7 @@ class Worker:
     def __init__(self, name: str, command: list[str], environment: Mapping[str, str], timeout: float) -> None:
         self.name, self._timeout = name, timeout
         self._log: IO[str] = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115 - open while the process is
+        before = time.perf_counter()
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
@@ -69,6 +71,7 @@ class Worker:
             start_new_session=True,
         )
         self.version: str = self._read()["version"]
+        self.start_s = time.perf_counter() - before  # until it takes requests
         self._signal(signal.SIGSTOP)
 
     def ask(self, job: Mapping[str, Any]) -> dict[str, Any]:

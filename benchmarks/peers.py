@@ -82,6 +82,8 @@ class Measured:
     rooflines: dict[str, list[Roofline]]
     """After each round of a case of W1."""
     versions: dict[str, str]
+    starts: dict[str, list[float]]
+    """Seconds from the start of each engine's process to its first token, one for each kind of work."""
 
     @property
     def best(self) -> Roofline | None:
@@ -95,12 +97,15 @@ def measure(specs: Sequence[Spec], cases: Sequence[Case], rounds: int, threads: 
     speed changes from minute to minute changes it for all of them.
     """
     keys = [(case.name, spec.name) for case in cases for spec in specs]
-    found = Measured({key: [] for key in keys}, {key: [] for key in keys}, {}, {})
+    found = Measured({key: [] for key in keys}, {key: [] for key in keys}, {}, {}, {})
     for _, group in itertools.groupby(cases, key=lambda case: case.work):
         alike = list(group)
         with ExitStack() as stack:
             workers = {spec.name: stack.enter_context(closing(spec.start(alike, threads, timeout))) for spec in specs}
             found.versions |= {name: worker.version for name, worker in workers.items()}
+            for name, worker in workers.items():
+                answer = worker.run(alike[0], most_tokens=1)
+                found.starts.setdefault(name, []).append(worker.start_s + min(answer["first"]))
             in_turn = list(workers.items())
             for number, case in itertools.product(range(rounds), alike):
                 for name, worker in in_turn[:: -1 if number % 2 else 1]:
@@ -255,6 +260,8 @@ def main(
         table.add_column(column, justify="left" if i < 2 else "right", overflow="fold")
     for cells in table_lines(rows):
         table.add_row(*cells)
+    starts = ", ".join(f"{name} {statistics.median(seconds):.1f}" for name, seconds in found.starts.items())
+    table.caption = f"Seconds from start to first token: {starts}"
     OUT.print(table)
     best = found.best
     record = {
@@ -262,6 +269,7 @@ def main(
         "dtype": manifest.model.dtype,
         "models": {spec.name: Path(spec.path).name for spec in specs},
         "cases": rows,
+        "start_s": {name: [round(s, 2) for s in seconds] for name, seconds in found.starts.items()},
         "rounds": rounds,
         "input_len": input_len,
         "output_len": output_len,
