@@ -18,7 +18,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +79,10 @@ class Measured:
 
     rates: dict[tuple[str, str], list[float]]
     ragged: dict[tuple[str, str], list[float]]
-    rooflines: dict[str, list[Roofline]]
+    rooflines: dict[str, list[Roofline]] = field(default_factory=dict)
     """After each round of a case of W1."""
-    versions: dict[str, str]
-    starts: dict[str, list[float]]
+    versions: dict[str, str] = field(default_factory=dict)
+    starts: dict[str, list[float]] = field(default_factory=dict)
     """Seconds from the start of each engine's process to its first token, one for each kind of work."""
 
     @property
@@ -97,7 +97,7 @@ def measure(specs: Sequence[Spec], cases: Sequence[Case], rounds: int, threads: 
     speed changes from minute to minute changes it for all of them.
     """
     keys = [(case.name, spec.name) for case in cases for spec in specs]
-    found = Measured({key: [] for key in keys}, {key: [] for key in keys}, {}, {}, {})
+    found = Measured({key: [] for key in keys}, {key: [] for key in keys})
     for _, group in itertools.groupby(cases, key=lambda case: case.work):
         alike = list(group)
         with ExitStack() as stack:

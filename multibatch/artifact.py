@@ -76,11 +76,11 @@ class Artifact:
             file = self.file(record)
             if not file.is_file():
                 raise _corrupt(file, f"{record.bytes} bytes", "no such file")
-            size = file.stat().st_size
-            if size != record.bytes:
-                raise _corrupt(file, f"{record.bytes} bytes", f"{size} bytes")
+            status = file.stat()
+            if status.st_size != record.bytes:
+                raise _corrupt(file, f"{record.bytes} bytes", f"{status.st_size} bytes")
             if not os.access(file, os.R_OK):
-                found = f"one of mode {file.stat().st_mode & 0o777:o} that this user may not read"
+                found = f"one of mode {status.st_mode & 0o777:o} that this user may not read"
                 raise ArtifactError(f"{file}: expected a file to read, found {found}; as its owner: chmod a+r {file}")
             if hashes and (found := sha256_file(file)) != record.sha256:
                 raise _corrupt(file, f"sha256 {record.sha256}", f"sha256 {found}")

@@ -61,7 +61,7 @@ def test_table_shows_share_ratio_and_raggedness(eager_artifact: Path) -> None:
     ragged = {key: [0.5 if key[1].endswith("b.gguf") else 0.0] for key in rates}
     manifest = Artifact.open(eager_artifact).manifest
     slow = Roofline(bandwidth_gbps=1e-3, gproducts=None)
-    rows = peers.summarize(specs, [case], peers.Measured(rates, ragged, {"W1 x 1": [slow]}, {}, {}), manifest)
+    rows = peers.summarize(specs, [case], peers.Measured(rates, ragged, {"W1 x 1": [slow]}), manifest)
     limit = 1000 / slow.step_ms(manifest, [6])
     assert rows[0]["bandwidth_gbps"] == [0.0]
     assert rows[0]["limit_tokens_per_s"] == pytest.approx(limit, abs=0.1)
@@ -81,7 +81,7 @@ def test_the_best_is_that_of_each_round(eager_artifact: Path) -> None:
         ("W2", s.name): list(r)
         for s, r in zip(specs, ((6.0, 6.0, 6.0), (3.0, 4.0, 12.0), (2.0, 5.0, 1.0)), strict=True)
     }
-    found = peers.Measured(rates, {key: [0.0] for key in rates}, {}, {}, {})
+    found = peers.Measured(rates, {key: [0.0] for key in rates})
     (row,) = peers.summarize(specs, [case], found, Artifact.open(eager_artifact).manifest)
     assert row["ours_over_best"] == pytest.approx(6 / 5)
     assert row["bandwidth_gbps"] == []
@@ -124,10 +124,8 @@ def test_engines_start_once_for_a_work_and_run_in_turn() -> None:
     until = log.index(("b", "close", None))
     starts = [("multibatch", "start", 2), ("b", "start", 2), ("multibatch", "W1 x 1", 1), ("b", "W1 x 1", 1)]
     assert log[:until] == [*starts, *first, *second]
-    assert found.starts == {
-        "multibatch": [1.5] * 2,
-        "b": [1.5] * 2,
-    }  # 0.5 s until it takes requests, 1 s to the first token
+    # 0.5 s until it takes requests, and 1 s to the first token.
+    assert found.starts == {"multibatch": [1.5] * 2, "b": [1.5] * 2}
     assert [name for name, what, _ in log[until + 2 :] if what == "start"] == ["multibatch", "b"]
     assert [len(rates) for rates in found.rates.values()] == [2] * 6
     assert {name: len(measured) for name, measured in found.rooflines.items()} == {"W1 x 1": 2, "W1 x 2": 2}
