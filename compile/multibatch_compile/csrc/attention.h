@@ -1,56 +1,11 @@
-// Attention as operators: checks, tiles and threads. The arithmetic is in paged_attention.h.
+// Attention as operators: new keys and values, tiles and threads. attention_call.h has what a call asks for, paged_attention.h the
+// arithmetic.
 #pragma once
 
+#include "attention_call.h"
 #include "call.h"
-#include "elementwise.h"
-#include "paged_attention.h"
 
 namespace multibatch {
-
-// By what queries and new keys are turned: a row of cosines and one of sines for each token.
-struct Rotary {
-  const void* cos = nullptr;
-  const void* sin = nullptr;
-  int64_t dims = 0;  // of the head dimension, the first so many; 0: none
-};
-
-// The arguments of one paged_attention call in plain C++ terms.
-struct Call {
-  AttentionShape shape;
-  Rotary rotary;
-  const int32_t* starts;    // [R + 1]: row r's tokens are [starts[r], starts[r + 1])
-  const int32_t* lengths;   // [R]: positions of row r in the pool, its new tokens included
-  const int32_t* tables;    // [R, max_blocks]
-  const int64_t* slots;     // [T]
-  int64_t num_rows, num_tokens;
-
-  // Whether a row has new tokens for several tiles: then those of its end take long, and are handed out one by one.
-  bool has_chunk() const {
-    for (int64_t r = 0; r < num_rows; ++r)
-      if ((starts[r + 1] - starts[r]) * shape.group() > kTileRows) return true;
-    return false;
-  }
-
-  // Whether this row's only new token goes where it reads it, which no other row of the call does: then the tile that reads it
-  // writes it, and nobody waits in between.
-  bool writes_itself(int64_t row) const {
-    if (starts[row + 1] - starts[row] != 1) return false;
-    const int64_t last = lengths[row] - 1, block = tables[row * shape.max_blocks + last / shape.block_size];
-    return slots[starts[row]] == block * shape.block_size + last % shape.block_size;
-  }
-
-  // x: a query or key of this token, [head_dim].
-  template <typename T>
-  void rotate_token(int64_t token, float* x) const {
-    const int64_t at = token * rotary.dims;
-    if (rotary.dims) rotate(x, static_cast<const T*>(rotary.cos) + at, static_cast<const T*>(rotary.sin) + at, rotary.dims);
-  }
-};
-
-// One unit of work: some query tokens of a row for one KV head, over one span or (span < 0) all spans in turn.
-struct Tile {
-  int32_t row, kv_head, token, num_tokens, span;
-};
 
 // One head of a token, any distance apart, as floats.
 template <typename T>
@@ -80,6 +35,11 @@ struct NewTokens {
     for (int64_t d = 0; d < s.value_dim; ++d) v_to[d] = v_from[d * value.stride(3)];
   }
 
+  // Where a row's blocks lie in the pool.
+  Blocks<T> blocks(int64_t row, int64_t head) const {
+    return {key_pool, value_pool, call.tables + row * call.shape.max_blocks, head};
+  }
+
   // All that no row writes itself: of chunks, which are read by many tiles, and padding. Neighbours that go to one block are one
   // tile: there a line of keys holds many positions, and threads that each had some of them would wait for each other.
   void write_others() const {
@@ -104,48 +64,74 @@ struct NewTokens {
   }
 };
 
-inline int64_t spans_of(const Call& call, const Tile& tile) {
-  const int64_t chunk = call.starts[tile.row + 1] - call.starts[tile.row];
-  const int64_t last = call.lengths[tile.row] - chunk + (tile.token - call.starts[tile.row]) + tile.num_tokens;
-  return (last + kSpan - 1) / kSpan;
-}
-
-// Decode rows are split by span, so that few long rows still fill all threads; a prefill chunk has tiles enough.
-inline std::vector<Tile> tiles_of(const Call& call) {
-  const AttentionShape& s = call.shape;
-  const int32_t step = static_cast<int32_t>(std::max<int64_t>(1, kTileRows / s.group()));
-  std::vector<Tile> tiles;
-  for (int32_t r = 0; r < call.num_rows; ++r) {
-    const int32_t first = call.starts[r], end = call.starts[r + 1];
-    for (int32_t t = first; t < end; t += step)
-      for (int32_t h = 0; h < s.num_kv_heads; ++h) {
-        Tile tile{r, h, t, std::min(step, end - t), -1};
-        const int64_t spans = end - first == 1 ? spans_of(call, tile) : 1;
-        for (int32_t i = 0; i < spans; ++i) {
-          tile.span = spans > 1 ? i : -1;
-          tiles.push_back(tile);
-        }
-      }
+// Keys and values of rows that many tiles read, laid out once for all of these, span by span; in memory of the calling thread.
+template <typename T>
+class SharedSpans {
+ public:
+  explicit SharedSpans(const Call& call) : num_heads_(call.shape.num_kv_heads) {
+    const AttentionShape& s = call.shape;
+    const int64_t most = kMostBytes / sizeof(Lane<T>) / laid_out_lanes<Lane<T>>(s);
+    for (int64_t r = 0; r < call.num_rows; ++r) {
+      if (call.chunk(r) * s.group <= kFewTiles * kTileRows) continue;
+      const int64_t first = s.first_seen(call.position(r, call.starts[r])) / kSpan, end = (call.lengths[r] + kSpan - 1) / kSpan;
+      const int64_t place = pieces_.size();
+      if (place + (end - first) * num_heads_ > most) continue;
+      rows_.resize(call.num_rows);
+      rows_[r] = {place, first};
+      for (int64_t span = first; span < end; ++span)
+        for (int64_t head = 0; head < num_heads_; ++head) pieces_.push_back({r, head, span, {}});
+    }
   }
-  return tiles;
-}
+
+  void lay_out(const Call& call, const NewTokens<T>& tokens) {
+    const AttentionShape& s = call.shape;
+    const int64_t lanes = laid_out_lanes<Lane<T>>(s);
+    auto* const memory = static_cast<Lane<T>*>(scratch<3>(pieces_.size() * lanes * sizeof(Lane<T>)));
+    run_tiles(true, pieces_.size(), [&](int64_t i) {
+      Piece& piece = pieces_[i];
+      const int64_t begin = piece.span * kSpan / s.block_size * s.block_size;
+      const int64_t end = std::min<int64_t>((piece.span + 1) * kSpan, call.lengths[piece.row]);
+      piece.laid_out = lay_out_span(tokens.blocks(piece.row, piece.kv_head), begin, end, memory + i * lanes, s);
+    });
+  }
+
+  // Null: a tile of this row lays the span out for itself.
+  const LaidOut<Lane<T>>* of(const Tile& tile, int64_t span) const {
+    if (rows_.empty() || rows_[tile.row].place < 0) return nullptr;
+    const Row& row = rows_[tile.row];
+    return &pieces_[row.place + (span - row.first_span) * num_heads_ + tile.kv_head].laid_out;
+  }
+
+ private:
+  static constexpr int64_t kFewTiles = 2;          // that do not share
+  static constexpr int64_t kMostBytes = 64 << 20;  // of a call
+  struct Row {
+    int64_t place = -1, first_span = 0;  // of its first piece
+  };
+  struct Piece {
+    int64_t row, kv_head, span;
+    LaidOut<Lane<T>> laid_out;
+  };
+  int64_t num_heads_;
+  std::vector<Row> rows_;  // of the call, or none
+  std::vector<Piece> pieces_;
+};
 
 // Gathers a tile's queries as [token, head of the group] rows, turned, with their positions.
 template <typename T>
 Queries<Lane<T>> queries_of(const Call& call, const Tile& tile, const at::Tensor& query, Scratch& scratch) {
   const AttentionShape& s = call.shape;
   const T* q = reinterpret_cast<const T*>(query.const_data_ptr());
-  const int64_t chunk = call.starts[tile.row + 1] - call.starts[tile.row];
   Lane<T>* const to = reinterpret_cast<Lane<T>*>(scratch.q.data());
   int64_t rows = 0, lanes = lanes_of<Lane<T>>(s.head_dim);
   for (int64_t t = tile.token; t < tile.token + tile.num_tokens; ++t)
-    for (int64_t g = 0; g < s.group(); ++g, ++rows) {
-      const T* from = q + (tile.kv_head * s.group() + g) * query.stride(1) + t * query.stride(2);
+    for (int64_t g = 0; g < s.group; ++g, ++rows) {
+      const T* from = q + (tile.kv_head * s.group + g) * query.stride(1) + t * query.stride(2);
       float* row = scratch.row.data();
       head_to_floats(from, query.stride(3), row, s.head_dim);
       call.rotate_token<T>(t, row);
       put_lanes(row, to + rows * lanes, s.head_dim);  // exact
-      scratch.positions[rows] = call.lengths[tile.row] - chunk + (t - call.starts[tile.row]);
+      scratch.positions[rows] = call.position(tile.row, t);
     }
   return {to, scratch.positions.data(), rows};
 }
@@ -156,10 +142,10 @@ void store(const Call& call, const Tile& tile, Partial state, const float* sinks
   const AttentionShape& s = call.shape;
   int64_t row = 0;
   for (int64_t t = tile.token; t < tile.token + tile.num_tokens; ++t)
-    for (int64_t g = 0; g < s.group(); ++g, ++row) {
-      const int64_t head = tile.kv_head * s.group() + g;
-      float* from = state.out + row * s.value_stride();
-      const float total = state.sum[row] + (sinks ? std::exp(sinks[head] - state.max[row]) : 0.0f);
+    for (int64_t g = 0; g < s.group; ++g, ++row) {
+      const int64_t head = tile.kv_head * s.group + g;
+      float* from = state.out + row * s.value_stride;
+      const float total = state.sum[row] + (sinks ? std::exp(sinks[head] - state.max[row] / kUnitsInNat<T>) : 0.0f);
       const float inverse = 1.0f / total;
       for (int64_t d = 0; d < s.value_dim; ++d) from[d] *= inverse;
       convert(from, out + (t * s.num_heads + head) * s.value_dim, s.value_dim);
@@ -170,7 +156,7 @@ void store(const Call& call, const Tile& tile, Partial state, const float* sinks
 struct Partials {
   std::vector<float> memory;
   int64_t rows, stride;
-  Partials(int64_t tiles, const AttentionShape& s) : rows(s.group()), stride(s.value_stride()) {
+  Partials(int64_t tiles, const AttentionShape& s) : rows(s.group), stride(s.value_stride) {
     memory.resize(tiles * rows * (stride + 2));
   }
   Partial of(int64_t tile) {
@@ -183,58 +169,32 @@ template <typename T>
 void attend_tiles(const Call& call, const at::Tensor& query, const NewTokens<T>& tokens, const float* sinks, T* out) {
   const AttentionShape& s = call.shape;
   const std::vector<Tile> tiles = tiles_of(call);
-  const bool split = std::any_of(tiles.begin(), tiles.end(), [](const Tile& t) { return t.span >= 0; });
+  const bool split = std::any_of(tiles.begin(), tiles.end(), [](const Tile& t) { return t.is_part; });
   Partials partials(split ? tiles.size() : 0, s);
+  SharedSpans<T> shared(call);
+  shared.lay_out(call, tokens);
   ThreadPool::instance().run(tiles.size(), [&](int64_t i) {
     static thread_local Scratch scratch;
     scratch.fit(s);
     const Tile& tile = tiles[i];
-    const bool is_last = tile.span < 0 || tile.span == spans_of(call, tile) - 1;
+    const bool is_last = tile.end_span * kSpan >= call.lengths[tile.row];
     if (is_last && call.writes_itself(tile.row)) tokens.write(tile.token, tile.kv_head);
     const Queries<Lane<T>> queries = queries_of<T>(call, tile, query, scratch);
-    const Blocks<T> blocks{tokens.key_pool, tokens.value_pool, call.tables + tile.row * s.max_blocks, tile.kv_head};
-    auto attend = [&](int64_t span, Partial into) {
-      attend_span(queries, blocks, span * kSpan, (span + 1) * kSpan, into, scratch, s);
-    };
-    if (tile.span >= 0) return attend(tile.span, partials.of(i));
+    const Blocks<T> blocks = tokens.blocks(tile.row, tile.kv_head);
+    auto attend = [&](int64_t span, Partial into) { attend_span(queries, blocks, shared.of(tile, span), span, into, scratch, s); };
+    if (tile.is_part) return attend(tile.first_span, partials.of(i));
     Partial total = scratch.partial(0, s), next = scratch.partial(1, s);
-    attend(0, total);
-    for (int64_t span = 1; span < spans_of(call, tile); ++span) {
+    attend(tile.first_span, total);
+    for (int64_t span = tile.first_span + 1; span < tile.end_span; ++span) {
       attend(span, next);
-      merge(total, next, queries.rows, s.value_stride());
+      merge<T>(total, next, queries.rows, s.value_stride);
     }
     store<T>(call, tile, total, sinks, out);
   }, call.has_chunk());
-  if (!split) return;
-  for (size_t i = 0; i < tiles.size(); ++i) {
-    if (tiles[i].span != 0) continue;
-    Partial total = partials.of(i);
-    for (size_t j = i + 1; j < tiles.size() && tiles[j].span > 0; ++j)
-      merge(total, partials.of(j), s.group(), s.value_stride());
-    store<T>(call, tiles[i], total, sinks, out);
-  }
-}
-
-// Every index that the kernel will follow, checked before anything is written.
-inline void check(const Call& call, int64_t num_blocks) {
-  const AttentionShape& s = call.shape;
-  for (int64_t t = 0; t < call.num_tokens; ++t)
-    TORCH_CHECK(call.slots[t] >= 0 && call.slots[t] < num_blocks * s.block_size, "paged_attention: slot ",
-                call.slots[t], " of token ", t, " is outside the pool of ", num_blocks, " blocks of ", s.block_size);
-  for (int64_t r = 0; r < call.num_rows; ++r) {
-    const int64_t chunk = call.starts[r + 1] - call.starts[r];
-    TORCH_CHECK(chunk >= 0 && call.starts[r] >= 0 && call.starts[r + 1] <= call.num_tokens,
-                "paged_attention: row ", r, " has tokens ", call.starts[r], " to ", call.starts[r + 1], " of ",
-                call.num_tokens);
-    if (chunk == 0) continue;
-    const int64_t length = call.lengths[r];
-    TORCH_CHECK(length >= chunk && length <= s.max_blocks * s.block_size, "paged_attention: row ", r, " of ", chunk,
-                " new tokens has length ", length, "; allowed: ", chunk, " to ", s.max_blocks * s.block_size);
-    for (int64_t b = 0; b < (length + s.block_size - 1) / s.block_size; ++b) {
-      const int32_t block = call.tables[r * s.max_blocks + b];
-      TORCH_CHECK(block >= 0 && block < num_blocks, "paged_attention: block ", block, " of row ", r,
-                  " is outside the pool of ", num_blocks);
-    }
+  for (size_t i = 0, end = 0; split && i < tiles.size(); i = end) {
+    for (end = i + 1; end < tiles.size() && tiles[end].continues(tiles[i]); ++end)
+      merge<T>(partials.of(i), partials.of(end), s.group, s.value_stride);
+    if (tiles[i].is_part) store<T>(call, tiles[i], partials.of(i), sinks, out);
   }
 }
 
@@ -247,23 +207,21 @@ inline at::Tensor attention(const at::Tensor& query, const at::Tensor& key, cons
                   value.scalar_type() == value_pool.scalar_type(),
               "paged_attention: queries, keys, values and pool must share one dtype; got ", query.scalar_type(), ", ",
               key.scalar_type(), ", ", value.scalar_type(), ", ", key_pool.scalar_type());
-  Call call;
-  call.rotary = rotary;
-  call.shape = {query.size(1),       key.size(1),          query.size(3),
-                value.size(3),       key_pool.size(3),     block_tables.size(1),
-                static_cast<float>(scale), static_cast<float>(softcap), sliding_window};
-  TORCH_CHECK(call.shape.block_size % 16 == 0, "paged_attention: block size ", call.shape.block_size,
-              "; allowed: multiples of 16");
-  TORCH_CHECK(call.shape.group() <= kTileRows, "paged_attention: ", call.shape.group(),
-              " query heads share a KV head; allowed: up to ", kTileRows);
-  at::Tensor starts = cu_seqlens.contiguous(), tables = block_tables.contiguous(), lengths = seq_lens.contiguous(),
-             slots = slot_mapping.contiguous();
-  call.starts = starts.const_data_ptr<int32_t>();
-  call.tables = tables.const_data_ptr<int32_t>();
-  call.lengths = lengths.const_data_ptr<int32_t>();
-  call.slots = slots.const_data_ptr<int64_t>();
-  call.num_rows = lengths.numel();
-  call.num_tokens = slots.numel();
+  const int64_t block_size = key_pool.size(3);
+  TORCH_CHECK(block_size > 0 && block_size % 16 == 0, "paged_attention: block size ", block_size, "; allowed: multiples of 16");
+  TORCH_CHECK(query.size(1) <= kTileRows * key.size(1), "paged_attention: ", query.size(1), " query heads share ", key.size(1),
+              " KV heads; allowed: up to ", kTileRows, " each");
+  const at::Tensor starts = cu_seqlens.contiguous(), tables = block_tables.contiguous(), lengths = seq_lens.contiguous(),
+                   slots = slot_mapping.contiguous();
+  const Call call{{query.size(1), key.size(1), query.size(3), value.size(3), block_size, block_tables.size(1),
+                   static_cast<float>(scale), static_cast<float>(softcap), sliding_window},
+                  rotary,
+                  starts.const_data_ptr<int32_t>(),
+                  lengths.const_data_ptr<int32_t>(),
+                  tables.const_data_ptr<int32_t>(),
+                  slots.const_data_ptr<int64_t>(),
+                  lengths.numel(),
+                  slots.numel()};
   check(call, key_pool.size(0));
   at::Tensor sink_values = sinks ? sinks->to(at::kFloat).contiguous() : at::Tensor();
   const float* sink_data = sinks ? sink_values.const_data_ptr<float>() : nullptr;

@@ -25,9 +25,10 @@ struct AttentionShape {
   int64_t num_heads, num_kv_heads, head_dim, value_dim, block_size, max_blocks;
   float scale, softcap;    // softcap 0: none
   int64_t sliding_window;  // 0: none; else a query sees itself and the window - 1 positions before it
-  int64_t group() const { return num_heads / num_kv_heads; }
-  int64_t value_stride() const { return (value_dim + 15) / 16 * 16; }
-  int64_t score_stride() const { return (kSpan / block_size + 2) * block_size; }  // positions of all blocks of a span
+  // What follows from these, kept because divisions are slow.
+  int64_t group = num_heads / num_kv_heads, value_stride = (value_dim + 15) / 16 * 16;
+  int64_t score_stride = (kSpan / block_size + 2) * block_size;  // positions of all blocks of a span
+  int64_t first_seen(int64_t position) const { return sliding_window ? std::max<int64_t>(0, position - sliding_window + 1) : 0; }
 };
 
 // Softmax state of `rows` queries: running maximum, sum, and weighted values [rows, value_stride].
@@ -58,27 +59,36 @@ struct Queries {
   int64_t rows;
 };
 
+// Floats that begin with a cache line.
+class Floats {
+ public:
+  void resize(int64_t n) { memory_.resize((n + 15) / 16); }
+  float* data() { return reinterpret_cast<float*>(memory_.data()); }
+
+ private:
+  std::vector<f32x16> memory_;
+};
+
 // Working memory of one thread, sized once per call.
 struct Scratch {
-  std::vector<float> keys, values, scores, q, row, state;
+  Floats laid_out, scores, q, row, state;
   std::vector<int64_t> positions;
   void fit(const AttentionShape& s) {
-    keys.resize(s.head_dim * s.block_size);
-    values.resize(s.score_stride() * s.value_stride());
-    scores.resize(kTileRows * s.score_stride());
+    laid_out.resize(s.score_stride * (s.head_dim + s.value_stride));
+    scores.resize(std::max<int64_t>(kFewRows, kRowsAtOnce) * s.score_stride);
     q.resize(kTileRows * s.head_dim);
     row.resize(s.head_dim);
-    state.resize(2 * kTileRows * (s.value_stride() + 2));
+    state.resize(2 * kTileRows * (s.value_stride + 2));
     positions.resize(kTileRows);
   }
   Partial partial(int which, const AttentionShape& s) {
-    float* base = state.data() + which * kTileRows * (s.value_stride() + 2);
+    float* base = state.data() + which * kTileRows * (s.value_stride + 2);
     return {base, base + kTileRows, base + 2 * kTileRows};
   }
 };
 
 // `count` lines of keys [head_dim, block_size] or values [num_keys, value_stride], `stride` elements apart, as the pool has them or
-// as `lanes_from` laid them out; and how many bytes behind them what is read next begins.
+// as `lay_out_lines` left them; and how many bytes behind them what is read next begins.
 template <typename E>
 struct Lines {
   const E* data;
@@ -128,7 +138,7 @@ MULTIBATCH_INLINE void add_products(const Lane* a, int64_t a_stride, Lines<E> b,
   static const E zeros[16 * J] = {};
   for (int64_t l = 0; l < b.count; l += step, ++a, b.data += step * b.stride) {
     const E* next = l + 1 < b.count ? b.data + b.stride : zeros;
-    // Not what was laid out as pairs: the first cache holds it.
+    // Not what was laid out as pairs: that lies in one piece, and fetching it made no difference.
     if constexpr (step == kElements<Lane>) fetch_ahead<J>(b.data, b.ahead);
     if constexpr (step == 2) fetch_ahead<J>(next, b.ahead);
     decltype(vector_of<Lane>(next, next)) v[J];
@@ -157,10 +167,9 @@ inline void for_vectors(int64_t width, const F& fn) {
   if (j < width) fn.template operator()<1>(j);
 }
 
-// Lays lines out as lanes, [lanes_of(count), width], for queries that are many.
+// Lays lines out as lanes, [lanes_of(count), width].
 template <typename Lane, typename T>
-Lines<Lane> lanes_from(const Lines<T>& from, int64_t width, float* memory) {
-  Lane* const to = reinterpret_cast<Lane*>(memory);
+void lay_out_lines(const Lines<T>& from, int64_t width, Lane* to) {
   static const T zeros[16] = {};
   for (int64_t l = 0; l < lanes_of<Lane>(from.count); ++l) {
     const T* line = from.data + l * kElements<Lane> * from.stride;
@@ -168,7 +177,6 @@ Lines<Lane> lanes_from(const Lines<T>& from, int64_t width, float* memory) {
     for (int64_t j = 0; j < width; j += 16)
       store_vector(to + l * width + j, vector_of<Lane>(line + j, has_next ? line + from.stride + j : zeros));
   }
-  return {to, lanes_of<Lane>(from.count), width, 0};
 }
 
 // `n` floats as lanes.
@@ -186,8 +194,21 @@ inline void put_vector(f32x16 v, float* lanes) { store_vector(lanes, v); }
 inline void put_vector(f32x16 v, uint32_t* lanes) { store_vector(lanes, bfloat16_of(v)); }
 #endif
 
-inline void apply_softcap(float* scores, int64_t n, float softcap) {
-  for (int64_t i = 0; i < n; ++i) scores[i] = softcap * std::tanh(scores[i] / softcap);
+inline void apply_softcap(float* scores, int64_t n, float softcap, float unit) {
+  for (int64_t i = 0; i < n; ++i) scores[i] = unit * softcap * std::tanh(scores[i] / softcap);
+}
+
+// What scores are measured in: bits where the exponential is 2^x (exp_in_units), else nats.
+template <typename T>
+constexpr float kUnitsInNat = sizeof(T) == sizeof(float) ? 1.0f : 1.44269504088896341f;
+
+template <typename T>
+inline f32x16 exp_in_units(f32x16 x) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return exp_nonpositive(x);
+  } else {
+    return exp2_nonpositive(x);
+  }
 }
 
 // Turns one row's scores of a span, the first of them at position `start`, into weights, in the same memory and as lanes.
@@ -214,7 +235,7 @@ inline void softmax_row(float* scores, int64_t n, int64_t start, int64_t first, 
   }
   f32x16 total{};
   for (int64_t j = 0; j < n; j += 16) {
-    f32x16 p = exp_nonpositive_as<T>(load_vector<f32x16>(scores + j) - top);
+    f32x16 p = exp_in_units<T>(load_vector<f32x16>(scores + j) - top);
     put_vector(p, reinterpret_cast<Lane<T>*>(scores) + lanes_of<Lane<T>>(j));
     total += p;
   }
@@ -242,39 +263,32 @@ inline int64_t bytes_between(const T* from, const T* to) {
   return reinterpret_cast<intptr_t>(to) - reinterpret_cast<intptr_t>(from);
 }
 
-// Scores of all queries against the blocks of positions [begin, end). Many queries share one layout of a block as lanes; few
-// take it as it is, and fetch meanwhile what is read next: a block of keys, then the first one of values.
+// The keys of a block; what is read after them is the next block's or the first block of values.
 template <typename T>
-void score_blocks(const Queries<Lane<T>>& queries, const Blocks<T>& blocks, int64_t begin, int64_t end, Scratch& scratch,
-                  const AttentionShape& s) {
-  const int64_t bs = s.block_size, lanes = lanes_of<Lane<T>>(s.head_dim), stride = s.score_stride();
-  for (int64_t start = begin; start < end; start += bs) {
-    auto score = [&](const auto& keys) {
-      for_rows(queries.rows, [&]<int R>(int64_t r) {
-        for_vectors(bs, [&]<int J>(int64_t j) {
-          f32x16 sums[R][J] = {};
-          add_products(queries.q + r * lanes, lanes, from_column(keys, j), sums);
-          float* out = scratch.scores.data() + r * stride + start - begin + j;
-          for (int i = 0; i < R; ++i)
-            for (int v = 0; v < J; ++v) store_vector(out + i * stride + 16 * v, sums[i][v] * s.scale);
-        });
-      });
-    };
-    const T* data = blocks.keys(start / bs, s);
-    const T* next = start + bs < end ? blocks.keys(start / bs + 1, s) : blocks.values(begin / bs, s);
-    const Lines<T> keys{data, s.head_dim, bs, bytes_between(data, next)};
-    if (queries.rows > kFewRows) {
-      score(lanes_from<Lane<T>>(keys, bs, scratch.keys.data()));
-    } else {
-      score(keys);
-    }
-  }
+MULTIBATCH_INLINE Lines<T> keys_of(const Blocks<T>& blocks, int64_t start, int64_t begin, int64_t end, const AttentionShape& s) {
+  const int64_t bs = s.block_size;
+  const T* data = blocks.keys(start / bs, s);
+  const T* next = start + bs < end ? blocks.keys(start / bs + 1, s) : blocks.values(begin / bs, s);
+  return {data, s.head_dim, bs, bytes_between(data, next)};
+}
+
+// scores[R, block] = q[R, head_dim] . keys[head_dim, block], scaled.
+template <int R, typename T, typename E>
+MULTIBATCH_INLINE void score_rows(const Lane<T>* q, const Lines<E>& keys, float* scores, const AttentionShape& s) {
+  const int64_t lanes = lanes_of<Lane<T>>(s.head_dim), stride = s.score_stride;
+  const float scale = s.scale * (s.softcap != 0.0f ? 1.0f : kUnitsInNat<T>);
+  for_vectors(s.block_size, [&]<int J>(int64_t j) {
+    f32x16 sums[R][J] = {};
+    add_products(q, lanes, from_column(keys, j), sums);
+    for (int i = 0; i < R; ++i)
+      for (int v = 0; v < J; ++v) store_vector(scores + i * stride + j + 16 * v, sums[i][v] * scale);
+  });
 }
 
 // The values of a block. Where they do not fill vectors, a copy of them that does.
 template <typename T>
 Lines<T> values_of(const Blocks<T>& blocks, int64_t start, int64_t end, const AttentionShape& s) {
-  const int64_t bs = s.block_size, count = std::min(bs, end - start), stride = s.value_stride();
+  const int64_t bs = s.block_size, count = std::min(bs, end - start), stride = s.value_stride;
   const T* data = blocks.values(start / bs, s);
   if (stride == s.value_dim)
     return {data, count, stride, start + bs < end ? bytes_between(data, blocks.values(start / bs + 1, s)) : 0};
@@ -284,86 +298,148 @@ Lines<T> values_of(const Blocks<T>& blocks, int64_t start, int64_t end, const At
   return {copy.data(), count, stride, 0};
 }
 
-// Adds the elements [d, d + 16 J) of these values, from the `first`th lane of the weights on, to the state.
-template <int J, typename T, typename E>
-void add_columns(int64_t rows, const Lines<E>& values, int64_t d, int64_t first, Partial state, const Scratch& scratch,
+// Adds the elements [d, d + 16 J) of these values, by these weights of R rows, to `out`.
+template <int R, int J, typename Lane, typename E>
+MULTIBATCH_INLINE void add_columns(const Lane* weights, const Lines<E>& values, float* out, const AttentionShape& s) {
+  const int64_t stride = s.value_stride;
+  f32x16 sums[R][J];
+  for (int i = 0; i < R; ++i)
+    for (int v = 0; v < J; ++v) sums[i][v] = load_vector<f32x16>(out + i * stride + 16 * v);
+  add_products(weights, s.score_stride, values, sums);
+  for (int i = 0; i < R; ++i)
+    for (int v = 0; v < J; ++v) store_vector(out + i * stride + 16 * v, sums[i][v]);
+}
+
+// Positions [start, stop) of a row, and those blocks of them, [begin, end), that its queries see.
+struct Span {
+  int64_t start, stop, begin, end, num_scores;
+  Span(int64_t number, const int64_t* positions, int64_t rows, const AttentionShape& s)
+      : start(number * kSpan), stop(start + kSpan),
+        begin(std::max(start, s.first_seen(positions[0])) / s.block_size * s.block_size),
+        end(std::min(stop, positions[rows - 1] + 1)),
+        num_scores(std::max<int64_t>(0, (end - begin + s.block_size - 1) / s.block_size * s.block_size)) {}
+};
+
+// Turns the scores of these rows into weights.
+template <typename T>
+void softmax_rows(const Span& span, const int64_t* positions, int64_t rows, float* scores, Partial state, int64_t first_row,
+                  const AttentionShape& s) {
+  for (int64_t r = 0; r < rows; ++r, scores += s.score_stride) {
+    if (s.softcap != 0.0f) apply_softcap(scores, span.num_scores, s.softcap, kUnitsInNat<T>);
+    const int64_t position = positions[first_row + r];
+    const int64_t first = std::max(span.start, s.first_seen(position));
+    softmax_row<T>(scores, span.num_scores, span.begin, first, std::min(position, span.stop - 1), state, first_row + r);
+  }
+}
+
+// Few rows take blocks as they are, and fetch meanwhile what is read next.
+template <typename T>
+void attend_few(const Queries<Lane<T>>& queries, const Blocks<T>& blocks, const Span& span, Partial state, Scratch& scratch,
+                const AttentionShape& s) {
+  const int64_t bs = s.block_size, lanes = lanes_of<Lane<T>>(s.head_dim);
+  float* const scores = scratch.scores.data();
+  for (int64_t start = span.begin; start < span.end; start += bs) {
+    const Lines<T> keys = keys_of(blocks, start, span.begin, span.end, s);
+    for_rows(queries.rows, [&]<int R>(int64_t r) {
+      score_rows<R, T>(queries.q + r * lanes, keys, scores + r * s.score_stride + start - span.begin, s);
+    });
+  }
+  softmax_rows<T>(span, queries.positions, queries.rows, scores, state, 0, s);
+  const Lane<T>* weights = reinterpret_cast<const Lane<T>*>(scores);
+  for (int64_t start = span.begin; start < span.end; start += bs) {
+    const Lines<T> values = values_of(blocks, start, span.end, s);
+    for_vectors(s.value_stride, [&]<int J>(int64_t d) {
+      for_rows(queries.rows, [&]<int R>(int64_t r) {
+        add_columns<R, J>(weights + r * s.score_stride, from_column(values, d), state.out + r * s.value_stride + d, s);
+      });
+    });
+    weights += lanes_of<Lane<T>>(values.count);
+  }
+}
+
+// Keys and values of a span as many queries read them: keys [blocks, lanes_of(head_dim), block_size], and values, those columns
+// side by side that are taken at once, [columns, lanes_of(score_stride), 16 J].
+template <typename Lane>
+struct LaidOut {
+  const Lane *keys, *values;
+  int64_t begin;  // the position of the first of them
+};
+
+template <typename Lane>
+int64_t laid_out_lanes(const AttentionShape& s) {
+  return lanes_of<Lane>(s.head_dim) * s.score_stride + lanes_of<Lane>(s.score_stride) * s.value_stride;
+}
+
+template <typename T>
+LaidOut<Lane<T>> lay_out_span(const Blocks<T>& blocks, int64_t begin, int64_t end, Lane<T>* memory, const AttentionShape& s) {
+  const int64_t bs = s.block_size, lanes = lanes_of<Lane<T>>(s.head_dim), most = lanes_of<Lane<T>>(s.score_stride);
+  Lane<T>* const values_memory = memory + lanes * s.score_stride;
+  for (int64_t start = begin; start < end; start += bs) {
+    lay_out_lines(keys_of(blocks, start, begin, end, s), bs, memory + (start - begin) * lanes);
+    const Lines<T> values = values_of(blocks, start, end, s);
+    for_vectors(s.value_stride, [&]<int J>(int64_t d) {
+      lay_out_lines(from_column(values, d), 16 * J, values_memory + d * most + 16 * J * lanes_of<Lane<T>>(start - begin));
+    });
+  }
+  return {memory, values_memory, begin};
+}
+
+// Many rows go through what was laid out a few at a time, whose scores stay in the first cache. Sums stay in registers from the
+// first block to the last.
+template <typename T>
+void attend_many(const Queries<Lane<T>>& queries, const LaidOut<Lane<T>>& from, const Span& span, Partial state, Scratch& scratch,
                  const AttentionShape& s) {
-  const int64_t stride = s.value_stride(), distance = s.score_stride();
-  const Lane<T>* weights = reinterpret_cast<const Lane<T>*>(scratch.scores.data()) + first;
-  for_rows(rows, [&]<int R>(int64_t r) {
-    f32x16 sums[R][J];
-    float* out = state.out + r * stride + d;
-    for (int i = 0; i < R; ++i)
-      for (int v = 0; v < J; ++v) sums[i][v] = load_vector<f32x16>(out + i * stride + 16 * v);
-    add_products(weights + r * distance, distance, values, sums);
-    for (int i = 0; i < R; ++i)
-      for (int v = 0; v < J; ++v) store_vector(out + i * stride + 16 * v, sums[i][v]);
+  const int64_t bs = s.block_size, lanes = lanes_of<Lane<T>>(s.head_dim), most = lanes_of<Lane<T>>(s.score_stride);
+  const int64_t skipped = lanes_of<Lane<T>>(span.begin - from.begin), count = lanes_of<Lane<T>>(span.end - span.begin);
+  float* const scores = scratch.scores.data();
+  for_rows(queries.rows, [&]<int R>(int64_t r) {
+    for (int64_t at = span.begin; at < span.end; at += bs) {
+      const Lines<Lane<T>> keys{from.keys + (at - from.begin) * lanes, lanes, bs, 0};
+      score_rows<R, T>(queries.q + r * lanes, keys, scores + at - span.begin, s);
+    }
+    softmax_rows<T>(span, queries.positions, R, scores, state, r, s);
+    for_vectors(s.value_stride, [&]<int J>(int64_t d) {
+      const Lines<Lane<T>> values{from.values + d * most + 16 * J * skipped, count, 16 * J, 0};
+      add_columns<R, J>(reinterpret_cast<const Lane<T>*>(scores), values, state.out + r * s.value_stride + d, s);
+    });
   });
 }
 
-// Adds the values of these blocks, weighted, to the state. Many rows share one layout of all of them, columns that are taken at once
-// side by side, so that these stay in the first cache, and sums in registers from the first block to the last.
+// Attention of `queries` over one span of a row and a KV head, into a fresh `state`. `shared`: the span as it was laid out for
+// several tiles, or null.
 template <typename T>
-void add_values(int64_t rows, const Blocks<T>& blocks, int64_t begin, int64_t end, Partial state, Scratch& scratch,
-                const AttentionShape& s) {
-  const int64_t width = s.value_stride(), most = lanes_of<Lane<T>>(s.score_stride());
-  int64_t lanes = 0;
-  for (int64_t start = begin; start < end; start += s.block_size) {
-    const Lines<T> values = values_of(blocks, start, end, s);
-    for_vectors(width, [&]<int J>(int64_t d) {
-      if (rows > kFewRows) {
-        lanes_from<Lane<T>>(from_column(values, d), 16 * J, scratch.values.data() + d * most + 16 * J * lanes);
-      } else {
-        add_columns<J, T>(rows, from_column(values, d), d, lanes, state, scratch, s);
-      }
-    });
-    lanes += lanes_of<Lane<T>>(values.count);
-  }
-  if (rows > kFewRows) {
-    for_vectors(width, [&]<int J>(int64_t d) {
-      const auto* column = reinterpret_cast<const Lane<T>*>(scratch.values.data()) + d * most;
-      add_columns<J, T>(rows, Lines<Lane<T>>{column, lanes, 16 * J, 0}, d, 0, state, scratch, s);
-    });
-  }
-}
-
-// Attention of `queries` over positions [span_start, span_end) of one row and one KV head, into a fresh `state`.
-template <typename T>
-void attend_span(const Queries<Lane<T>>& queries, const Blocks<T>& blocks, int64_t span_start, int64_t span_end, Partial state,
-                 Scratch& scratch, const AttentionShape& s) {
-  const int64_t bs = s.block_size;
+void attend_span(const Queries<Lane<T>>& queries, const Blocks<T>& blocks, const LaidOut<Lane<T>>* shared, int64_t number,
+                 Partial state, Scratch& scratch, const AttentionShape& s) {
   std::fill(state.max, state.max + queries.rows, -std::numeric_limits<float>::infinity());
   std::fill(state.sum, state.sum + queries.rows, 0.0f);
-  std::fill(state.out, state.out + queries.rows * s.value_stride(), 0.0f);
-  const int64_t end = std::min(span_end, queries.positions[queries.rows - 1] + 1);
-  const int64_t first_seen = s.sliding_window ? queries.positions[0] - s.sliding_window + 1 : 0;
-  const int64_t begin = std::max(span_start, first_seen) / bs * bs;
-  score_blocks(queries, blocks, begin, end, scratch, s);
-  const int64_t num_scores = std::max<int64_t>(0, (end - begin + bs - 1) / bs * bs);
-  for (int64_t r = 0; r < queries.rows; ++r) {
-    float* row = scratch.scores.data() + r * s.score_stride();
-    if (s.softcap != 0.0f) apply_softcap(row, num_scores, s.softcap);
-    const int64_t position = queries.positions[r];
-    const int64_t first = std::max(span_start, s.sliding_window ? position - s.sliding_window + 1 : 0);
-    softmax_row<T>(row, num_scores, begin, first, std::min(position, span_end - 1), state, r);
-  }
-  add_values(queries.rows, blocks, begin, end, state, scratch, s);
+  std::fill(state.out, state.out + queries.rows * s.value_stride, 0.0f);
+  const Span span(number, queries.positions, queries.rows, s);
+  if (queries.rows <= kFewRows) return attend_few(queries, blocks, span, state, scratch, s);
+  if (shared) return attend_many<T>(queries, *shared, span, state, scratch, s);
+  auto* const memory = reinterpret_cast<Lane<T>*>(scratch.laid_out.data());
+  attend_many<T>(queries, lay_out_span(blocks, span.begin, span.end, memory, s), span, state, scratch, s);
 }
 
 // Adds the state of the next span to `total`, row by row. A span that saw nothing changes no bit.
+template <typename T>
 inline void merge(Partial total, Partial next, int64_t rows, int64_t stride) {
   const float lowest = -std::numeric_limits<float>::infinity();
-  for (int64_t r = 0; r < rows; ++r) {
-    if (next.max[r] == lowest) continue;
-    const float top = std::max(total.max[r], next.max[r]);
-    const float a = total.max[r] == lowest ? 0.0f : std::exp(total.max[r] - top);
-    const float b = std::exp(next.max[r] - top);
-    total.sum[r] = total.sum[r] * a + next.sum[r] * b;
-    total.max[r] = top;
-    float* to = total.out + r * stride;
-    const float* from = next.out + r * stride;
-    for (int64_t d = 0; d < stride; ++d) to[d] = to[d] * a + from[d] * b;
-  }
+  for_sixteens(rows, [&](int64_t first, int64_t live) {
+    const f32x16 before = floats_of(total.max + first, live), after = floats_of(next.max + first, live);
+    const f32x16 top = select(after > before, after, before);
+    const f32x16 a = select(before == lowest, f32x16{}, exp_in_units<T>(before - top));
+    const f32x16 b = select(after == lowest, f32x16{}, exp_in_units<T>(after - top));
+    store_floats(floats_of(total.sum + first, live) * a + floats_of(next.sum + first, live) * b, total.sum + first, live);
+    store_floats(top, total.max + first, live);
+    for (int64_t i = 0; i < live; ++i) {
+      if (next.max[first + i] == lowest) continue;
+      float* to = total.out + (first + i) * stride;
+      const float* from = next.out + (first + i) * stride;
+      const float by = a[i], of_next = b[i];
+      for (int64_t d = 0; d < stride; d += 16)
+        store_vector(to + d, load_vector<f32x16>(to + d) * by + load_vector<f32x16>(from + d) * of_next);
+    }
+  });
 }
 
 }  // namespace multibatch
