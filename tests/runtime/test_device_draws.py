@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from unittest import mock
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from multibatch import device_draws
 from multibatch.device_draws import _share, draw_rows
 from multibatch.draws import draw, draw_options
 from multibatch.errors import StepError
@@ -30,15 +32,23 @@ def rows(draw: st.DrawFn) -> list[SamplingRow]:
 
 
 @settings(max_examples=150, deadline=None)
-@given(rows=rows(), seed=st.integers(0, 10**6), vocabulary=st.sampled_from([1, 2, 127, 128, 5000]))
-def test_each_row_gets_the_token_that_it_gets_alone(rows: list[SamplingRow], seed: int, vocabulary: int) -> None:
+@given(
+    rows=rows(),
+    seed=st.integers(0, 10**6),
+    vocabulary=st.sampled_from([1, 2, 127, 128, 5000]),
+    at_once=st.sampled_from([1, 2 * 128, 4 * 128 + 1, 1 << 22]),
+)
+def test_each_row_gets_the_token_that_it_gets_alone(
+    rows: list[SamplingRow], seed: int, vocabulary: int, at_once: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(rows), vocabulary, generator=generator) * 4
     logits = logits.round() if seed % 3 == 0 else logits  # many equal ones
     logits[:, ::7] = logits[:, ::7].masked_fill(torch.rand(logits[:, ::7].shape, generator=generator) < 0.5, -torch.inf)
     logits[:, -1] = 0.0
     expected = draw(logits, rows, LogitPasses())
-    assert draw_rows(logits, draw_options(rows, vocabulary)).tolist() == expected
+    with mock.patch.object(device_draws, "_LOGITS_AT_ONCE", at_once):
+        assert draw_rows(logits, draw_options(rows, vocabulary)).tolist() == expected
 
 
 def test_a_row_without_a_finite_maximum_gets_none_and_the_others_theirs() -> None:
