@@ -88,7 +88,7 @@ inline void check(const Call& call, int64_t num_blocks) {
     TORCH_CHECK(call.slots[t] >= 0 && call.slots[t] < num_blocks * s.block_size, "paged_attention: slot ",
                 call.slots[t], " of token ", t, " is outside the pool of ", num_blocks, " blocks of ", s.block_size);
   for (int64_t r = 0; r < call.num_rows; ++r) {
-    const int64_t chunk = call.starts[r + 1] - call.starts[r];
+    const int64_t chunk = call.chunk(r);
     TORCH_CHECK(chunk >= 0 && call.starts[r] >= 0 && call.starts[r + 1] <= call.num_tokens,
                 "paged_attention: row ", r, " has tokens ", call.starts[r], " to ", call.starts[r + 1], " of ",
                 call.num_tokens);
